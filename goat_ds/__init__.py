@@ -1,0 +1,30 @@
+"""GOAT mixtures of low-rank experts for LLaMA-scale models.
+
+Importing this package makes GOAT a PEFT method: ``peft.get_peft_model(model, goat_ds.GoatConfig(...))``.
+"""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from goat_ds.errors import ConfigError, ExportError, GoatError, MergeError, TrainingError
+from goat_ds.tuner.config import GoatConfig, GoatPeftType
+from goat_ds.tuner.model import PREFIX, GoatModel, with_balance_loss
+
+# PEFT's registering function wants a member of its own enum, so the mappings are filled here.
+PEFT_TYPE_TO_CONFIG_MAPPING[GoatPeftType.GOAT] = GoatConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[GoatPeftType.GOAT] = GoatModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[GoatPeftType.GOAT] = PREFIX  # type: ignore[index]
+
+__all__ = [
+    "ConfigError",
+    "ExportError",
+    "GoatConfig",
+    "GoatError",
+    "GoatModel",
+    "MergeError",
+    "TrainingError",
+    "with_balance_loss",
+]

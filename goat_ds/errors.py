@@ -1,0 +1,49 @@
+"""Every error that goat_ds raises on purpose, one family.
+
+GoatError
+├── ConfigError     what the user gave is wrong: every problem at once, before anything expensive
+├── MergeError      a routed mixture was asked to become one dense weight in place
+├── TrainingError   the run stopped itself: a non-finite loss, a rank that failed
+└── ExportError     a checkpoint cannot leave as asked
+"""
+
+from collections.abc import Iterable
+
+
+class GoatError(Exception):
+    """Whatever goat_ds raises on purpose."""
+
+
+class ConfigError(GoatError, ValueError):
+    """What the user gave is wrong; each problem is one line: the field, its value, the way out."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, ...]]:
+        """Keep the problems apart when the error crosses a process boundary."""
+        return type(self), self.problems
+
+
+class MergeError(GoatError, NotImplementedError):
+    """A routed mixture depends on the token, so no dense weight equals it."""
+
+
+class TrainingError(GoatError, RuntimeError):
+    """The run stopped itself."""
+
+
+class ExportError(GoatError, RuntimeError):
+    """A checkpoint cannot leave as asked."""
+
+
+def raise_if_any(problems: Iterable[str]) -> None:
+    """Raise one ``ConfigError`` that holds every problem, or return.
+
+    Raises:
+        ConfigError: ``problems`` is not empty.
+    """
+    found = tuple(problems)
+    if found:
+        raise ConfigError(*found)

@@ -1,0 +1,186 @@
+"""Choose the experts of every token, and keep the choice balanced (arXiv 2502.16894, section 3 and eq. 6).
+
+The balance loss reaches the routers without being carried through the model: a router's backward adds the gradient
+of its own loss, times what ``BalanceSignal`` says arrived at the total loss. A loss kept as a tensor on a module has
+no gradient under reentrant checkpointing and keeps graphs alive; here there is nothing to keep.
+
+Shape letters: T tokens, E experts.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BalanceWarning(UserWarning):
+    """The balance loss could not reach the gradient."""
+
+
+class Gates(NamedTuple):
+    """A router's decision for every token."""
+
+    gates_TE: Tensor
+    probs_TE: Tensor
+    kept_TE: Tensor
+
+
+class RouterLoad(NamedTuple):
+    """What one router did with one micro-batch, detached.
+
+    ``share_E`` is the share of all choices that went to each expert (sums to 1), ``prob_E`` the mean probability,
+    ``entropy`` the mean entropy of the probabilities in nats, ``balance_loss`` is ``L_b`` (1 when balanced).
+    """
+
+    share_E: Tensor
+    prob_E: Tensor
+    entropy: Tensor
+    balance_loss: Tensor
+
+
+@dataclass
+class BalanceSignal:
+    """What passes between one forward of the model, its loss and the routers' backward.
+
+    Attributes:
+        mask: Real tokens of the current micro-batch, any shape with one entry a token, or None when all are real.
+        loads: The routers' loads of the current forward, by layer name.
+        balance: ``coef * L_b`` of every router of the current forward, detached, by layer name.
+        upstream: Gradient that arrived at the total loss: 1, the loss scale, 1 / accumulation steps ...
+    """
+
+    mask: Tensor | None = None
+    loads: dict[str, RouterLoad] = field(default_factory=dict)
+    balance: dict[str, Tensor] = field(default_factory=dict)
+    upstream: Tensor | float | None = None
+
+    def begin_forward(self, mask: Tensor | None) -> None:
+        """Forget the last micro-batch; ``mask`` says which tokens of the new one are real."""
+        self.mask = mask
+        self.loads, self.balance = {}, {}
+        self.upstream = None
+
+    def record(self, name: str, load: RouterLoad, *, coef: float) -> None:
+        """Keep a router's load; a layer recomputed under checkpointing records the same once more."""
+        self.loads[name] = load
+        self.balance[name] = coef * load.balance_loss
+
+    def balance_loss(self) -> Tensor | None:
+        """Give ``Σ_layers coef L_b`` of the current forward, detached; None where nothing was routed."""
+        losses = list(self.balance.values())
+        # Layers may live on several devices.
+        return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum() if losses else None
+
+    def mask_of(self, num_tokens: int) -> Tensor | None:
+        """Give the mask ``[T]`` if it speaks about these tokens; a pooled head sees sequences, not tokens."""
+        if self.mask is None or self.mask.numel() != num_tokens:
+            return None
+        return self.mask.reshape(-1)
+
+    def take_upstream(self) -> Tensor | float:
+        """Give the factor for the routers' balance gradient; 0 with a warning when no loss carried it."""
+        if self.upstream is None:
+            warnings.warn(
+                "the balance loss does not reach the gradient: the loss was computed outside of the model. "
+                "Pass labels to the model, or wrap your loss: loss = goat_ds.with_balance_loss(model, loss)",
+                BalanceWarning,
+                stacklevel=2,
+            )
+            self.upstream = 0.0
+        return self.upstream
+
+
+def top_k_gates(logits_TE: Tensor, *, top_k: int) -> Gates:
+    """Keep the ``top_k`` most probable experts of each token and renormalise their probabilities.
+
+    Args:
+        logits_TE: Router logits ``[T, E]``, fp32 or better.
+        top_k: ``k``, at most ``E``.
+    """
+    probs_TE = torch.softmax(logits_TE, dim=-1)
+    top_TK, index_TK = probs_TE.topk(top_k, dim=-1)
+    gates_TE = torch.zeros_like(probs_TE).scatter(-1, index_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
+    kept_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, index_TK, True)
+    return Gates(gates_TE, probs_TE, kept_TE)
+
+
+def router_load(gates: Gates, *, top_k: int, mask_T: Tensor | None) -> RouterLoad:
+    """Measure a router over the real tokens of a micro-batch: ``L_b = Σ_e f_e P_e``, ``f_e = E/(k T) Σ_t kept``.
+
+    The release omits the ``1/k``; with it a balanced router has ``L_b = 1`` for every ``k``.
+    """
+    probs_TE, kept_TE = gates.probs_TE, gates.kept_TE.to(gates.probs_TE.dtype)
+    weight_T = real_token_weights(probs_TE, mask_T)
+    share_E = (weight_T @ kept_TE) / top_k
+    prob_E = weight_T @ probs_TE
+    entropy = weight_T @ torch.special.entr(probs_TE).sum(dim=-1)
+    return RouterLoad(share_E, prob_E, entropy, balance_loss=len(share_E) * (share_E @ prob_E))
+
+
+def real_token_weights(probs_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Give ``1/T`` for every real token and 0 for padding ``[T]``; all zero when nothing is real."""
+    if mask_T is None:
+        return probs_TE.new_full((probs_TE.shape[0],), 1 / max(probs_TE.shape[0], 1))
+    real_T = mask_T.to(probs_TE.dtype)
+    return real_T / real_T.sum().clamp_min(1)
+
+
+def logits_gradient(gates: Gates, *, gates_grad_TE: Tensor, balance_grad_TE: Tensor | None) -> Tensor:
+    """Turn gradients of the gates and of the probabilities into that of the logits ``[T, E]``.
+
+    Renormalised top-k of a softmax is the softmax over the kept logits, so both are softmax backwards.
+
+    Args:
+        gates: What ``top_k_gates`` returned.
+        gates_grad_TE: Gradient of the gates.
+        balance_grad_TE: Gradient of the probabilities that the balance loss adds, if any.
+    """
+    grad_TE = _softmax_backward(gates.gates_TE, gates_grad_TE)
+    if balance_grad_TE is not None:
+        grad_TE = grad_TE + _softmax_backward(gates.probs_TE, balance_grad_TE)
+    return grad_TE
+
+
+def _softmax_backward(output_TE: Tensor, grad_TE: Tensor) -> Tensor:
+    weighted_TE = output_TE * grad_TE
+    return weighted_TE - output_TE * weighted_TE.sum(dim=-1, keepdim=True)
+
+
+class _CarryBalance(torch.autograd.Function):
+    """Add the balance loss to what the loss is made of, and tell the routers what gradient arrived.
+
+    Every router's backward depends on this one's output, so the signal is always set before it is read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, added: Tensor, signal: BalanceSignal, factor: Tensor | float) -> Tensor:
+        ctx.signal, ctx.factor = signal, factor
+        return carrier + added
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.signal.upstream = grads[0].sum() * ctx.factor
+        return grads[0], None, None, None
+
+
+def carry_balance(loss: Tensor, balance: Tensor, signal: BalanceSignal, *, weight: Tensor | float = 1.0) -> Tensor:
+    """Give ``loss + weight * balance``, whose backward also trains the routers.
+
+    Args:
+        loss: Scalar that the model's outputs lead to.
+        balance: ``coef * Σ_layers L_b`` of this micro-batch, detached.
+        signal: The model's signal.
+        weight: Share of this micro-batch in the balance loss of the whole batch.
+    """
+    return _CarryBalance.apply(loss, (weight * balance).to(loss.dtype), signal, weight)
+
+
+def carry_balance_by_log_probs(log_probs: Tensor, signal: BalanceSignal) -> Tensor:
+    """Give ``log_probs`` unchanged; its backward trains the routers as if the loss were their negative mean.
+
+    A trainer that takes its loss from log-probabilities sends ``-weight`` to each, so that minus their sum is the
+    share of this micro-batch in the loss of the whole batch.
+    """
+    return _CarryBalance.apply(log_probs, log_probs.new_zeros(()), signal, -1.0)

@@ -1,0 +1,1 @@
+"""GOAT in PEFT: its config, its layer, its model."""

@@ -1,0 +1,123 @@
+"""What a GOAT adapter is made of: every number METHOD needs, as PEFT stores it in ``adapter_config.json``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from peft import PeftConfig
+
+from goat_ds.errors import raise_if_any
+from goat_ds.method.scaling import Scaling
+from goat_ds.method.spectrum import Start
+
+
+class GoatPeftType(StrEnum):
+    """PEFT's own enum of methods is closed; a member of another one with the same behaviour keys its mappings."""
+
+    GOAT = "GOAT"
+
+
+class Residual(StrEnum):
+    """Where ``W_res``, the start's mean contribution, is taken off."""
+
+    LOWRANK = "lowrank"
+    """As a frozen low-rank term beside the base, which stays bit-identical."""
+    FOLD = "fold"
+    """Subtracted once, in fp32, from the base weight, as the paper writes it."""
+
+
+@dataclass
+class GoatConfig(PeftConfig):
+    """Settings of one GOAT adapter (arXiv 2502.16894).
+
+    With ``num_experts=1, top_k=1`` the same settings give plain LoRA (``init="zero"``), PiSSA and MiLoRA.
+
+    Args:
+        r: Total rank of a layer; every expert has ``r / num_experts``.
+        num_experts: Experts of a layer, ``E``.
+        top_k: Experts a token uses, ``k``.
+        init: Where in the spectrum the experts start: goat, goat_mini, pissa, milora, pissa_milora or zero.
+        scaling: Formula of ``s``: theory, alpha or rslora.
+        eta: Ratio of the learning rates, full fine-tuning to LoRA (``theory``).
+        lora_alpha: Numerator of ``alpha`` and ``rslora``.
+        rho: Divisor of the singular values the experts start from.
+        adaptive_scale: GOAT-s: expert e gets ``s sqrt(sum_0 / sum_e)``, by the sums of its singular values.
+        residual: ``lowrank`` keeps the start's mean contribution as a frozen term, ``fold`` subtracts it from the base.
+        balance_coef: Weight of the balance loss, summed over layers.
+        dropout: Probability that an input of the experts is zeroed; router and residual see all of it.
+        target_modules: Names or a regular expression of the layers to adapt; None means all linear layers.
+        exclude_modules: Names or a regular expression of layers to leave out.
+        modules_to_save: Other modules to train and save whole, such as a classification head.
+        layers_to_transform: Indices of the blocks to adapt; None means all.
+        layers_pattern: Name of the list of blocks, where PEFT does not guess it.
+        deferred: Leave the factors empty when the layers are made, because they come from an adapter file or from
+            shared decomposition. Always true in a saved config, so that loading never repeats an SVD.
+    """
+
+    r: int = 32
+    num_experts: int = 8
+    top_k: int = 2
+    init: Start = Start.GOAT
+    scaling: Scaling = Scaling.THEORY
+    eta: float = 1.0
+    lora_alpha: float = 64.0
+    rho: float = 10.0
+    adaptive_scale: bool = False
+    residual: Residual = Residual.LOWRANK
+    balance_coef: float = 1e-3
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    deferred: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check every field at once.
+
+        Raises:
+            ConfigError: one line a problem.
+        """
+        super().__post_init__()
+        self.peft_type = GoatPeftType.GOAT
+        raise_if_any(self._problems())
+        self.init, self.scaling, self.residual = Start(self.init), Scaling(self.scaling), Residual(self.residual)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def _problems(self) -> Iterator[str]:
+        for name, values in (("init", Start), ("scaling", Scaling), ("residual", Residual)):
+            if getattr(self, name) not in list(values):
+                yield f"{name} ({getattr(self, name)}) must be one of {', '.join(values)}"
+        for name in ("r", "num_experts", "top_k"):
+            if getattr(self, name) < 1:
+                yield f"{name} ({getattr(self, name)}) must be at least 1"
+        if self.num_experts >= 1 and self.r % self.num_experts:
+            yield f"num_experts ({self.num_experts}) must divide r ({self.r})"
+        if self.top_k > self.num_experts:
+            yield f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})"
+        for name in ("eta", "lora_alpha", "rho"):
+            if not getattr(self, name) > 0:
+                yield f"{name} ({getattr(self, name)}) must be above 0"
+        if self.balance_coef < 0:
+            yield f"balance_coef ({self.balance_coef}) must be at least 0"
+        if not 0 <= self.dropout < 1:
+            yield f"dropout ({self.dropout}) must be in [0, 1)"
+        if self.init == Start.ZERO and self.adaptive_scale:
+            yield "adaptive_scale needs a start with singular values, and init is zero"
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            yield "layers_pattern is set and layers_to_transform is not"
+
+    @property
+    def expert_rank(self) -> int:
+        """``d``, the rank of one expert."""
+        return self.r // self.num_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as ``adapter_config.json`` holds them; a saved adapter is complete, so it is deferred."""
+        values = super().to_dict()
+        return values | {"deferred": True, **{k: str(v) for k, v in values.items() if isinstance(v, StrEnum)}}

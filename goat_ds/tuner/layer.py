@@ -1,0 +1,306 @@
+"""A linear layer with GOAT experts beside it, as PEFT's layers are: one frozen base, any number of adapters.
+
+Shape letters: T tokens, I in features, O out features, E experts, R total rank.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from goat_ds.errors import ConfigError, MergeError
+from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
+from goat_ds.method.routing import BalanceSignal
+from goat_ds.method.scaling import adaptive_scales, expert_scale
+from goat_ds.method.spectrum import Directions, chosen_indices, decompose, factors_from, zero_start
+from goat_ds.tuner.config import GoatConfig, Residual
+
+FROZEN = ("A0", "B0", "s")
+MERGE_REFUSAL = (
+    "a GOAT adapter routes every token, so no dense weight equals it and it is never merged in place; write a "
+    "checkpoint instead: python launch/export.py --mode exact (or --mode adapter)"
+)
+
+
+class GoatExperts(nn.Module):
+    """The experts, router and start of one adapter on one layer.
+
+    It owns its tensors as plain parameters and is the module whose forward uses them, which is what lets ZeRO-3
+    gather them. They hold nothing until ``start`` or an adapter file fills them.
+    """
+
+    def __init__(
+        self, config: GoatConfig, *, name: str, in_features: int, out_features: int, like: Tensor, signal: BalanceSignal
+    ) -> None:
+        super().__init__()
+        self.config, self.name, self.signal = config, name, signal
+        self.in_features, self.out_features = in_features, out_features
+        self.ready = False
+        self.folded = False
+        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        r, num_experts = config.r, config.num_experts
+        self.A = nn.Parameter(torch.empty(r, in_features, **place))
+        self.B = nn.Parameter(torch.empty(out_features, r, **place))
+        has_start = config.init.decomposes
+        self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_start else None
+        self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_start else None
+        self.router = nn.Parameter(torch.empty(num_experts, in_features, **place)) if num_experts > 1 else None
+        self.s = _frozen(torch.empty(num_experts, **place)) if config.adaptive_scale else None
+
+    @property
+    def scale(self) -> float:
+        """``s`` of this layer; GOAT-s keeps one per expert in the parameter ``s``."""
+        return expert_scale(
+            self.config.scaling,
+            in_features=self.in_features,
+            expert_rank=self.config.expert_rank,
+            eta=self.config.eta,
+            lora_alpha=self.config.lora_alpha,
+        )
+
+    def indices(self) -> Tensor:
+        """List the directions of the spectrum each expert starts from ``[E, D]``."""
+        return chosen_indices(
+            self.config.init,
+            num_directions=min(self.in_features, self.out_features),
+            num_experts=self.config.num_experts,
+            r=self.config.r,
+        )
+
+    @torch.no_grad()
+    def start(self, directions: Directions | None) -> None:
+        """Fill every parameter with its value at the start.
+
+        Args:
+            directions: Of the base weight at ``indices()``; None for ``init="zero"``.
+        """
+        if directions is None:
+            factors = zero_start(
+                out_features=self.out_features,
+                in_features=self.in_features,
+                r=self.config.r,
+                dtype=self.A.dtype,
+                device=self.A.device,
+            )
+        else:
+            factors = factors_from(directions, scale_R=self._scale_per_direction(directions), rho=self.config.rho)
+        self.A.copy_(factors.a_RI)
+        self.B.copy_(factors.b_OR)
+        if self.A0 is not None and self.B0 is not None:
+            self.A0.copy_(self.A)
+            self.B0.copy_(self.B)
+        if self.router is not None:
+            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        self.ready = True
+
+    def _scale_per_direction(self, directions: Directions) -> Tensor | float:
+        if self.s is None:
+            return self.scale
+        singular_values_ED = directions.s_R.unflatten(0, (self.config.num_experts, -1))
+        self.s.copy_(adaptive_scales(self.scale, singular_values_ED))
+        # The stored scale is the one that counts from here on, whatever it was rounded to.
+        return self.s.to(directions.s_R).repeat_interleave(self.config.expert_rank)
+
+    @torch.no_grad()
+    def residual_OI(self) -> Tensor | None:
+        """Give ``W_res = Σ_e s_e/E B0_e A0_e`` in fp32 or better ``[O, I]``; None for a start without one."""
+        if self.A0 is None or self.B0 is None:
+            return None
+        wide = torch.promote_types(self.A0.dtype, torch.float32)
+        scale_R: Tensor | float = self.scale
+        if self.s is not None:
+            scale_R = self.s.to(wide).repeat_interleave(self.config.expert_rank)
+        return (self.B0.to(wide) * (scale_R / self.config.num_experts)) @ self.A0.to(wide)
+
+    def forward(self, x_TI: Tensor, base_TO: Tensor) -> Tensor:
+        """Give the base's output plus this adapter's ``[T, O]``."""
+        if not self.ready:
+            raise ConfigError(
+                f"the GOAT adapter of {self.name} is empty: its config is deferred, and neither an adapter file nor "
+                "shared decomposition has filled it; use a GoatConfig with deferred=False to start from the weights"
+            )
+        residual = self.config.residual is Residual.LOWRANK
+        factors = MixtureFactors(
+            a_RI=self.A,
+            b_OR=self.B,
+            a0_RI=self.A0 if residual else None,
+            b0_OR=self.B0 if residual else None,
+            router_EI=self.router,
+            scale_E=self.s,
+        )
+        # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
+        with torch.autocast(device_type=x_TI.device.type, enabled=False):
+            output = mixture(
+                x_TI.to(base_TO.dtype),
+                base_TO,
+                factors,
+                self._settings(),
+                signal=self.signal,
+                dropout_mask_TI=self._dropout_mask(x_TI),
+            )
+        if output.load is not None:
+            self.signal.record(self.name, output.load, coef=self.config.balance_coef)
+        return output.y_TO
+
+    def _settings(self) -> MixtureSettings:
+        config = self.config
+        return MixtureSettings(
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            scale=self.scale,
+            # A frozen or evaluated router has no balance to train.
+            balance_coef=config.balance_coef if self.training else 0.0,
+        )
+
+    def _dropout_mask(self, x_TI: Tensor) -> Tensor | None:
+        p = self.config.dropout
+        if not (self.training and p):
+            return None
+        return torch.empty_like(x_TI).bernoulli_(1 - p).div_(1 - p)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if all(prefix + name in state_dict for name, _ in self.named_parameters(recurse=False)):
+            self.ready = True
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class GoatLayer(nn.Module, BaseTunerLayer):
+    """A frozen ``nn.Linear`` or ``Conv1D`` and the GOAT adapters on it.
+
+    Adapters that are active together add up, each with its own router.
+    """
+
+    adapter_layer_names = ("goat_experts",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.goat_experts = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.register_load_state_dict_post_hook(_fold_what_was_loaded)
+
+    def _experts(self) -> dict[str, GoatExperts]:
+        return dict(self.goat_experts.items())  # type: ignore[arg-type]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base stores its weight as ``[I, O]``."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @torch.no_grad()
+    def start(self, adapter_name: str) -> None:
+        """Fill an adapter from the base weight of this process.
+
+        Raises:
+            ConfigError: the weight is not here: partitioned, or on the meta device.
+        """
+        experts = self._experts()[adapter_name]
+        directions = decompose(self.weight_OI(), experts.indices()) if experts.config.init.decomposes else None
+        experts.start(directions)
+        self.fold(adapter_name)
+
+    def weight_OI(self) -> Tensor:
+        """Give the whole base weight ``[O, I]``.
+
+        Raises:
+            ConfigError: the weight is not here: partitioned, or on the meta device.
+        """
+        weight: Any = self.get_base_layer().weight
+        if weight.dim() != 2 or weight.is_meta or not weight.is_floating_point():
+            raise ConfigError(
+                f"the weight under a GOAT adapter is not whole on this process (shape {tuple(weight.shape)}, "
+                f"{weight.dtype}, {weight.device}); train sharded models with launch/train.py, which shares out the "
+                "decomposition"
+            )
+        return weight.T if self.transposed else weight
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str) -> None:
+        """Subtract the start's contribution from the base weight, once, where the config says so."""
+        experts = self._experts()[adapter_name]
+        residual_OI = experts.residual_OI()
+        if experts.config.residual is not Residual.FOLD or experts.folded or residual_OI is None:
+            return
+        weight_OI = self.weight_OI()
+        weight_OI.copy_(weight_OI.to(residual_OI.dtype) - residual_OI)
+        experts.folded = True
+
+    @torch.no_grad()
+    def unfold(self, adapter_name: str) -> None:
+        """Add back what ``fold`` subtracted; the base is what it was up to one rounding to its dtype."""
+        experts = self._experts()[adapter_name]
+        residual_OI = experts.residual_OI()
+        if not experts.folded or residual_OI is None:
+            return
+        weight_OI = self.weight_OI()
+        weight_OI.copy_(weight_OI.to(residual_OI.dtype) + residual_OI)
+        experts.folded = False
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, and from the base what it had folded into it."""
+        if adapter_name in self.goat_experts:
+            self.unfold(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Give the base's output plus that of every active adapter."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        folded = [experts for experts in self._experts().values() if experts.folded]
+        active = [self._experts()[name] for name in self.active_adapters if name in self.goat_experts]
+        if self.disable_adapters:
+            active = []
+        elif active:
+            x_TI, y_TO = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
+            for experts in active:
+                y_TO = experts(x_TI, y_TO)
+            result = y_TO.reshape(result.shape)
+        for experts in folded:
+            if experts not in active:
+                result = result + nn.functional.linear(x, experts.residual_OI().to(x.dtype))  # type: ignore[union-attr]
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse, with the way out.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing was merged.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(MERGE_REFUSAL)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Runs before the experts' own loading, while the start that was folded is still known.
+        for name in self.goat_experts:
+            if f"{prefix}goat_experts.{name}.A0" in state_dict:
+                self.unfold(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        # PEFT switches everything of an active adapter to trainable, and calls this afterwards.
+        for experts in self._experts().values():
+            for name in FROZEN:
+                parameter = getattr(experts, name)
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+
+
+def _fold_what_was_loaded(layer: GoatLayer, _: Any) -> None:
+    for name, experts in layer._experts().items():
+        if experts.ready:
+            layer.fold(name)

@@ -1,0 +1,227 @@
+"""GOAT on a whole model: which layers, their start, and the balance loss on its way to the routers."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from goat_ds.errors import ConfigError, MergeError, raise_if_any
+from goat_ds.method.routing import BalanceSignal, carry_balance, carry_balance_by_log_probs
+from goat_ds.method.spectrum import segment_problem
+from goat_ds.tuner.config import Residual
+from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer
+
+PREFIX = "goat_"
+
+
+class NamedExperts(NamedTuple):
+    """One adapted layer of one adapter, with its path in the model."""
+
+    path: str
+    layer: GoatLayer
+    experts: GoatExperts
+
+
+class GoatModel(BaseTuner):
+    """Puts GOAT experts on the layers a ``GoatConfig`` names.
+
+    A loss that the model computes itself carries the balance loss; for a loss computed outside there is
+    ``with_balance_loss``.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = GoatLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT declares it as an instance's)
+    peft_config: dict[str, Any]
+    # The balance signal belongs to the whole model, so layers alone (inject_adapter_in_model) would not train it.
+    uses_shared_state = True
+
+    @property
+    def signal(self) -> BalanceSignal:
+        """What passes between forward, loss and the routers' backward."""
+        if "_signal" not in self.__dict__:
+            self.__dict__["_signal"] = BalanceSignal()
+        return self.__dict__["_signal"]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make the layers of one adapter and start it, unless its config is deferred.
+
+        Raises:
+            ConfigError: no layer matches, or layers are too small for their experts: all of them, before any SVD.
+        """
+        self._misfits: list[str] = []
+        config = self.peft_config[adapter_name]
+        if not any(_is_linear(module) for module in model.modules()):
+            raise ConfigError("target_modules: the model has no nn.Linear or Conv1D to adapt")
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            if isinstance(error, ConfigError) or "not found in the base model" not in str(error):
+                raise
+            names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
+            targets = config.target_modules
+            shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+            raise ConfigError(
+                f"target_modules ({shown}) matches no layer; linear layers are: {', '.join(names)}"
+            ) from None
+        raise_if_any(self._misfits)
+        if not config.deferred:
+            self.start(adapter_name)
+
+    def start(self, adapter_name: str) -> None:
+        """Fill an adapter from base weights that are whole on this process, with a progress bar."""
+        named = list(named_experts(self, adapter_name))
+        for item in tqdm(named, desc="GOAT start", unit="layer", disable=len(named) < 16):
+            item.layer.start(adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1 and any(c.residual is Residual.FOLD for c in self.peft_config.values()):
+            raise ConfigError(
+                "residual (fold) changes the base weight, so such an adapter must be the only one on its base; "
+                "use residual='lowrank' for several"
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, GoatLayer) else target
+        if not _is_linear(base):
+            self._misfits.append(
+                f"target_modules: {current_key} is a {type(base).__name__}; only nn.Linear and Conv1D can be adapted"
+            )
+            return
+        if isinstance(parent, nn.MultiheadAttention):
+            self._misfits.append(
+                f"target_modules: {current_key} is read by nn.MultiheadAttention without being called, so experts on "
+                "it would do nothing; put it in exclude_modules"
+            )
+            return
+        out_features, in_features = linear_shape(base)
+        problem = segment_problem(
+            out_features=out_features, in_features=in_features, num_experts=peft_config.num_experts, r=peft_config.r
+        )
+        if problem and peft_config.init.decomposes:
+            self._misfits.append(f"{current_key}: {problem}; lower r, or put it in exclude_modules")
+            return
+        if isinstance(target, GoatLayer):
+            layer = target
+        else:
+            layer = GoatLayer(target)
+            self._replace_module(parent, target_name, layer, target)
+        experts = GoatExperts(
+            peft_config,
+            name=f"{current_key}" if adapter_name == "default" else f"{current_key}.{adapter_name}",
+            in_features=in_features,
+            out_features=out_features,
+            like=base.weight,  # type: ignore[arg-type]
+            signal=self.signal,
+        )
+        layer.goat_experts[adapter_name] = experts
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            experts.requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with its adapters; a loss in the output carries the balance loss."""
+        mask = kwargs.get("attention_mask")
+        self.signal.begin_forward(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        output = super().forward(*args, **kwargs)
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        loss, log_probs = getattr(output, "loss", None), getattr(output, "log_probs", None)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            weight = _share_of_batch(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
+            output.loss = self.with_balance_loss(loss, weight=weight)
+        if isinstance(log_probs, Tensor) and log_probs.requires_grad:
+            output.log_probs = carry_balance_by_log_probs(log_probs, self.signal)
+        return output
+
+    def balance_loss(self) -> Tensor | None:
+        """Give ``balance_coef * Σ_layers L_b`` of the last forward, detached; None where nothing was routed."""
+        return self.signal.balance_loss()
+
+    def with_balance_loss(self, loss: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
+        """Give ``loss + weight * balance_loss()``, whose backward also trains the routers.
+
+        Args:
+            loss: Scalar computed from the outputs of the last forward.
+            weight: Share of this micro-batch in the balance loss of the whole batch.
+        """
+        balance = self.balance_loss()
+        return loss if balance is None else carry_balance(loss, balance.to(loss.device), self.signal, weight=weight)
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(MERGE_REFUSAL)
+
+    def unload(self) -> nn.Module:
+        """Give the base model back, without adapters and with nothing folded into it."""
+        for adapter_name in self.peft_config:
+            for item in named_experts(self, adapter_name):
+                item.layer.unfold(adapter_name)
+        return super().unload()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse, with the way out.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(MERGE_REFUSAL)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".goat_experts.{adapter_name}.", f".{PREFIX}")
+
+
+def with_balance_loss(model: PeftModel, loss: Tensor) -> Tensor:
+    """Give ``loss`` plus the model's balance loss; its backward trains the routers.
+
+    For a loss computed outside of the model, from the outputs of its last forward. A loss that the model returned
+    carries the balance loss already.
+    """
+    tuner: Any = model.base_model
+    return tuner.with_balance_loss(loss)
+
+
+def named_experts(model: nn.Module, adapter_name: str) -> Iterator[NamedExperts]:
+    """Walk over the layers of one adapter, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, GoatLayer) and adapter_name in module.goat_experts:
+            yield NamedExperts(path, module, module.goat_experts[adapter_name])  # type: ignore[arg-type]
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Give out and in features of an ``nn.Linear`` or ``Conv1D``, also where its weight is sharded."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Give the share of this micro-batch in a loss that is normalised over several of them."""
+    if labels is None or num_items_in_batch is None:
+        return 1.0
+    # The first token of a sequence is nobody's target.
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

@@ -1,0 +1,123 @@
+"""The fused layer equals the paper's loops: values, gradients, balance loss."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
+from goat_ds.method.routing import BalanceSignal, carry_balance
+from tests import reference
+
+NUM_TOKENS, IN, OUT, R = 7, 10, 6, 4
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def run_both(
+    *, num_experts: int, top_k: int, residual: bool, adaptive: bool, mask: list[bool] | None
+) -> tuple[list[Tensor], list[Tensor], float, float]:
+    """Give outputs and all gradients of the fast and of the slow form, and both balance losses."""
+    torch.manual_seed(0)
+    weight = draw(OUT, IN)
+    tensors = {"x": draw(NUM_TOKENS, IN), "a": draw(R, IN), "b": draw(OUT, R)}
+    if num_experts > 1:
+        tensors["router"] = draw(num_experts, IN)
+    a0, b0 = (draw(R, IN), draw(OUT, R)) if residual else (None, None)
+    scales = [1.7 + 0.3 * e * adaptive for e in range(num_experts)]
+    upstream, target, coef = 3.0, draw(NUM_TOKENS, OUT), 0.25
+
+    fast = {name: value.clone().requires_grad_() for name, value in tensors.items()}
+    signal = BalanceSignal()
+    signal.begin_forward(None if mask is None else torch.tensor(mask))
+    factors = MixtureFactors(
+        fast["a"], fast["b"], a0, b0, fast.get("router"), torch.tensor(scales, dtype=torch.float64) if adaptive else None
+    )
+    settings = MixtureSettings(num_experts=num_experts, top_k=top_k, scale=scales[0], balance_coef=coef)
+    y, load = mixture(fast["x"], fast["x"] @ weight.T, factors, settings, signal=signal)
+    loss = (y * target).sum()
+    if load is not None:
+        signal.record("layer", load, coef=coef)
+        loss = carry_balance(loss, signal.balance_loss(), signal)
+    (upstream * loss).backward()
+
+    slow = {name: value.clone().requires_grad_() for name, value in tensors.items()}
+    y_slow, balance_slow = reference.layer(
+        slow["x"], weight, slow["a"], slow["b"], a0, b0, slow.get("router"), scales=scales, top_k=top_k, mask=mask
+    )
+    loss_slow = (y_slow * target).sum() + (coef * balance_slow if num_experts > 1 else 0)
+    (upstream * loss_slow).backward()
+    balance = float(load.balance_loss) if load is not None else 0.0
+    return (
+        [y, loss, *(value.grad for value in fast.values())],
+        [y_slow, loss_slow, *(value.grad for value in slow.values())],
+        balance,
+        float(balance_slow),
+    )
+
+
+@pytest.mark.parametrize("mask", [None, [True, True, False, True, True, False, True]])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_fused_layer_equals_the_papers_loops(
+    num_experts: int, top_k: int, residual: bool, adaptive: bool, mask: list[bool] | None
+) -> None:
+    fast, slow, balance, balance_slow = run_both(
+        num_experts=num_experts, top_k=top_k, residual=residual, adaptive=adaptive, mask=mask
+    )
+    for value, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    if num_experts > 1:
+        assert balance == pytest.approx(balance_slow, abs=1e-10)
+
+
+def test_a_balanced_router_has_a_balance_loss_of_one() -> None:
+    signal = BalanceSignal()
+    signal.begin_forward(None)
+    factors = MixtureFactors(draw(4, 4), draw(3, 4), router_EI=torch.eye(4, dtype=torch.float64) * 1e-9)
+    settings = MixtureSettings(num_experts=4, top_k=1, scale=1.0, balance_coef=0.0)
+    x = torch.eye(4, dtype=torch.float64)
+    _, load = mixture(x, torch.zeros(4, 3, dtype=torch.float64), factors, settings, signal=signal)
+    assert load is not None
+    torch.testing.assert_close(load.balance_loss, torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(load.share_E, torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_dropout_reaches_the_experts_only() -> None:
+    torch.manual_seed(0)
+    x, a, b, a0, b0, router = (
+        draw(5, IN), draw(R, IN), draw(OUT, R), draw(R, IN), draw(OUT, R), draw(2, IN),
+    )  # fmt: skip
+    keep = (torch.rand(5, IN) > 0.5).double() / 0.5
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+    inputs = [value.requires_grad_() for value in (x, a, b, router)]
+    y, _ = mixture(
+        x,
+        torch.zeros(5, OUT, dtype=torch.float64),
+        MixtureFactors(a, b, a0, b0, router),
+        settings,
+        signal=BalanceSignal(),
+        dropout_mask_TI=keep,
+    )
+    gates = torch.nn.functional.one_hot((x @ router.T).argmax(dim=1), 2).double().repeat_interleave(R // 2, dim=1)
+    expected = 1.3 * (gates * ((x * keep) @ a.T)) @ b.T - 1.3 / 2 * (x @ a0.T) @ b0.T
+    torch.testing.assert_close(y, expected)
+    target = draw(5, OUT)
+    grads = torch.autograd.grad((y * target).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * target).sum(), inputs[:3])
+    for grad, expected_grad in zip(grads[:3], expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_an_infinite_preference_for_one_expert_is_finite_in_value_and_gradient() -> None:
+    x = torch.ones(1, 2, dtype=torch.float32)
+    router = torch.tensor([[1e4, 1e4], [-1e4, -1e4]], requires_grad=True)
+    factors = MixtureFactors(torch.ones(2, 2, requires_grad=True), torch.ones(3, 2), router_EI=router)
+    settings = MixtureSettings(num_experts=2, top_k=2, scale=1.0, balance_coef=0.0)
+    y, load = mixture(x, torch.zeros(1, 3), factors, settings, signal=BalanceSignal())
+    y.sum().backward()
+    assert load is not None
+    assert router.grad is not None
+    assert all(torch.isfinite(t).all() for t in (y, load.entropy, router.grad))
