@@ -1,0 +1,1 @@
+"""The shards: everything that knows DeepSpeed. The only room that imports it."""

@@ -1,0 +1,36 @@
+# make setup   a .venv with everything; make demo: train, export and question the embedded demo; make test: all checks
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup demo test quick lint bench clean
+
+setup: .venv/complete
+
+# torch comes first and pinned: an open range would fetch another build, and a second one later.
+.venv/complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt torch
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,trl]'
+	touch $@
+
+demo: setup
+	python launch/demo.py
+
+test: setup lint
+	pytest
+
+# What takes seconds, for every change.
+quick: setup
+	pytest -m 'not slow'
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: setup
+	python benchmarks/layer.py
+	python benchmarks/startup.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""How a trained model leaves: as a PEFT adapter, or as a Hugging Face folder that computes exactly what was trained."""
+
+from goat_ds.export.adapter import export_adapter
+from goat_ds.export.checkpoint import Adapter, find_adapter, read_adapter
+from goat_ds.export.exact import export_exact
+
+__all__ = ["Adapter", "export_adapter", "export_exact", "find_adapter", "read_adapter"]

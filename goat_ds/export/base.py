@@ -1,0 +1,161 @@
+"""The base model that an adapter was trained on: where it is, its weights by module name, its tokenizer's files."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from goat_ds.errors import ExportError
+from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
+GENERATION_CONFIG = "generation_config.json"
+LEGAL_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's folder."""
+
+    path: Path
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, as ``AutoModelForCausalLM`` builds it.
+
+        Raises:
+            ExportError: transformers has no causal language model for it, or its weights are stored quantised.
+        """
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                f"base ({self.path}) is no causal language model that transformers builds; use --mode adapter ({error})"
+            ) from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise ExportError(
+                f"base ({self.path}) is stored quantised; exact export writes the weights it finds, so give the "
+                "unquantised model with --base"
+            )
+        return model
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The weights by their name on disk.
+
+        Raises:
+            ExportError: they are not here as safetensors.
+        """
+        index, single = self.path / INDEX_NAME, self.path / "model.safetensors"
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [self.path / name for name in sorted(set(weight_map.values()))]
+        elif single.is_file():
+            files = [single]
+        else:
+            raise ExportError(
+                f"base ({self.path}) has no model.safetensors; write it once with "
+                "AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder) and give --base folder"
+            )
+        return {name: tensor for file in files for name, tensor in stored_tensors(file).items()}
+
+
+def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> Base:
+    """Give the base in a folder, in the Hugging Face cache or on the hub.
+
+    Args:
+        adapter: Whose base is wanted.
+        base: Folder or hub name that takes the place of the one in the adapter's config.
+        weights: Whether its weights are wanted too, should it have to be downloaded.
+
+    Raises:
+        ExportError: it is in none of these places.
+    """
+    name = base or adapter.config.base_model_name_or_path
+    if not name:
+        raise ExportError(f"{adapter.path} does not say which base it was trained on; give it with --base PATH")
+    if (Path(name) / "config.json").is_file():
+        return Base(Path(name).resolve())
+    patterns = [*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATES_FOLDER}/*", "*.json", *LEGAL_PATTERNS]
+    if weights:
+        patterns.append("model*.safetensors")
+    revision = None if base else adapter.config.revision
+    try:
+        return Base(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        origin = "given with --base" if base else f"which {adapter.path} names"
+        raise ExportError(
+            f"base ({name}), {origin}, is neither a model folder nor a model that the Hugging Face cache or hub "
+            "gives; say where it is with --base PATH"
+        ) from error
+
+
+class KeyMap:
+    """Which parameter of a model each name in a checkpoint means, as ``from_pretrained`` decides it.
+
+    Names on disk are not always those of the modules: old checkpoints lack a prefix, and experts of a mixture model
+    are stored one by one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._parameters = model.state_dict()
+
+    def parameter(self, key: str) -> str | None:
+        """Give the parameter's name, or None where the model has no use for the tensor."""
+        name, _ = self._rename(key)
+        return name if name in self._parameters else None
+
+    def is_converted(self, key: str) -> bool:
+        """Whether the parameter is computed from the tensor (and others), instead of being it."""
+        return self._rename(key)[1] is not None
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        renamed = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)
+        if renamed[0] not in self._parameters and key in self._parameters:
+            return rename_source_key(key, [], [], self._prefix, self._parameters)
+        return renamed
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model folder's tokenizer and chat templates, byte for byte."""
+    _copy(source, target, TOKENIZER_PATTERNS)
+    if (source / CHAT_TEMPLATES_FOLDER).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES_FOLDER, target / CHAT_TEMPLATES_FOLDER, dirs_exist_ok=True)
+
+
+def copy_terms(source: Path, target: Path) -> None:
+    """Copy a model folder's generation settings and licence."""
+    _copy(source, target, (GENERATION_CONFIG, *LEGAL_PATTERNS))
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)

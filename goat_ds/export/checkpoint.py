@@ -1,0 +1,182 @@
+"""Find a trained adapter and read it: its settings, its tensors by layer, and that nothing is missing or left over.
+
+Shape letters: O out features, I in features, E experts, R total rank.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from goat_ds.errors import ConfigError, ExportError
+from goat_ds.export.tensors import StoredTensor, stored_tensors
+from goat_ds.method.scaling import expert_scale
+from goat_ds.tuner.config import GoatConfig, GoatPeftType, Residual
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+TENSOR_PREFIX = "goat_"
+ARITHMETIC = ("r", "num_experts", "top_k", "init", "scaling", "eta", "lora_alpha", "adaptive_scale", "residual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A GOAT adapter on disk."""
+
+    path: Path
+    """The folder with ``adapter_config.json``."""
+    step: int | None
+    """Of the training run, where the folder says so."""
+    config: GoatConfig
+    """Its settings."""
+    layers: dict[str, dict[str, StoredTensor]]
+    """By module path in the base model: ``A``, ``B``, ``A0``, ``B0``, ``router``, ``s``; as the settings ask."""
+    whole: dict[str, StoredTensor]
+    """Parameters of ``modules_to_save``, by name in the base model; they replace the base's."""
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether training subtracted the start's contribution from the base weights."""
+        return self.config.init.decomposes and self.config.residual is Residual.FOLD
+
+    def scale(self, path: str) -> float:
+        """Give ``s`` of one layer; with GOAT-s it is the tensor ``s`` that counts."""
+        return expert_scale(
+            self.config.scaling,
+            in_features=self.layers[path]["A"].shape[1],
+            expert_rank=self.config.expert_rank,
+            eta=self.config.eta,
+            lora_alpha=self.config.lora_alpha,
+        )
+
+
+def read_adapter(checkpoint: Path) -> Adapter:
+    """Read an adapter folder, that of a checkpoint folder, or that of the newest checkpoint of a run.
+
+    Raises:
+        ConfigError: there is no adapter at ``checkpoint``.
+        ExportError: the adapter is not one of GOAT, or not whole: every problem at once.
+    """
+    path = find_adapter(checkpoint)
+    config = _read_config(path / CONFIG_NAME)
+    if not (path / WEIGHTS_NAME).is_file():
+        raise ExportError(f"{path} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
+    layers, whole, stray = _sorted_tensors(stored_tensors(path / WEIGHTS_NAME), config)
+    problems = [*_layer_problems(layers, config), *_whole_problems(whole, stray, config)]
+    if problems:
+        raise ExportError("\n".join([f"{path / WEIGHTS_NAME} is not a whole adapter:", *problems]))
+    return Adapter(path=path, step=_step(path.parent), config=config, layers=layers, whole=whole)
+
+
+def find_adapter(checkpoint: Path) -> Path:
+    """Give the adapter folder that ``checkpoint`` means.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    newest_first = sorted(checkpoint.glob("checkpoint-*"), key=lambda path: _step(path) or -1, reverse=True)
+    for folder in (checkpoint, checkpoint / "adapter", *(path / "adapter" for path in newest_first)):
+        if (folder / CONFIG_NAME).is_file():
+            return folder.resolve()
+    raise ConfigError(
+        f"checkpoint ({checkpoint}) holds neither {CONFIG_NAME}, nor adapter/{CONFIG_NAME}, nor a checkpoint-<step>; "
+        "give an adapter folder, a checkpoint folder or the output_dir of a run"
+    )
+
+
+def _step(folder: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def _read_config(path: Path) -> GoatConfig:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path} is not JSON: {error}") from error
+    if values.get("peft_type") != GoatPeftType.GOAT:
+        raise ExportError(
+            f"{path}: peft_type ({values.get('peft_type')}) is not {GoatPeftType.GOAT}, so this is another method"
+        )
+    # A default in place of a lost value would export another model than the one trained.
+    if lost := [name for name in ARITHMETIC if name not in values]:
+        raise ExportError(f"{path} lacks {', '.join(lost)}")
+    known = {field.name for field in fields(GoatConfig)}
+    return GoatConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _sorted_tensors(
+    tensors: dict[str, StoredTensor], config: GoatConfig
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor], list[str]]:
+    """Sort an adapter file's tensors into layers, parameters of ``modules_to_save``, and what is neither."""
+    layers: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    whole: dict[str, StoredTensor] = {}
+    stray: list[str] = []
+    adapted = {key.rpartition(".")[0] for key in tensors if f".{TENSOR_PREFIX}" in key}
+    for key, tensor in sorted(tensors.items()):
+        name = key.removeprefix(KEY_PREFIX)
+        path, _, leaf = name.rpartition(".")
+        if name == key:
+            stray.append(key)
+        elif key.rpartition(".base_layer.")[0] in adapted:
+            # PEFT saves an adapted output layer's frozen weight as well; the base has it.
+            continue
+        elif leaf.startswith(TENSOR_PREFIX):
+            layers[path][leaf.removeprefix(TENSOR_PREFIX)] = tensor
+        elif any(f".{module}." in f".{name}" for module in config.modules_to_save or ()):
+            whole[name] = tensor
+        else:
+            stray.append(key)
+    return dict(layers), whole, stray
+
+
+def _layer_problems(layers: dict[str, dict[str, StoredTensor]], config: GoatConfig) -> Iterator[str]:
+    if not layers:
+        yield f"no {TENSOR_PREFIX}* tensor in it"
+    for path, tensors in layers.items():
+        expected = _expected_shapes(tensors, config)
+        for name in sorted(expected.keys() - tensors.keys()):
+            yield f"{path}.{TENSOR_PREFIX}{name} is missing"
+        for name in sorted(tensors.keys() - expected.keys()):
+            yield f"{path}.{TENSOR_PREFIX}{name} has no place in this adapter ({_settings(config)})"
+        for name in sorted(tensors.keys() & expected.keys()):
+            if problem := _shape_problem(tensors[name], expected[name]):
+                yield f"{path}.{TENSOR_PREFIX}{name} {problem}"
+
+
+def _expected_shapes(tensors: dict[str, StoredTensor], config: GoatConfig) -> dict[str, tuple[int, ...]]:
+    in_features = tensors["A"].shape[-1] if "A" in tensors and tensors["A"].shape else 0
+    out_features = tensors["B"].shape[0] if "B" in tensors and tensors["B"].shape else 0
+    a_shape, b_shape = (config.r, in_features), (out_features, config.r)
+    shapes: dict[str, tuple[int, ...]] = {"A": a_shape, "B": b_shape}
+    if config.init.decomposes:
+        shapes |= {"A0": a_shape, "B0": b_shape}
+    if config.num_experts > 1:
+        shapes["router"] = (config.num_experts, in_features)
+    if config.adaptive_scale:
+        shapes["s"] = (config.num_experts,)
+    return shapes
+
+
+def _shape_problem(tensor: StoredTensor, expected: tuple[int, ...]) -> str | None:
+    if tensor.num_bytes == 0:
+        return f"is empty {list(tensor.shape)}: it was saved while its parameter was sharded"
+    if tensor.shape != expected:
+        return f"is {list(tensor.shape)}, the settings say {list(expected)}"
+    return None
+
+
+def _whole_problems(whole: dict[str, StoredTensor], stray: list[str], config: GoatConfig) -> Iterator[str]:
+    for key in stray:
+        yield f"{key} is neither a GOAT tensor nor under modules_to_save ({config.modules_to_save})"
+    for name, tensor in whole.items():
+        if tensor.num_bytes == 0:
+            yield f"{name} is empty {list(tensor.shape)}: it was saved while its parameter was sharded"
+
+
+def _settings(config: GoatConfig) -> str:
+    return f"init {config.init}, num_experts {config.num_experts}, adaptive_scale {str(config.adaptive_scale).lower()}"

@@ -1,0 +1,248 @@
+"""The settings of a run, from the command line and a YAML file. The one place that reads the environment.
+
+Every field is a flag of the same name. ``--config run.yaml`` holds any of them; the command line wins.
+"""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import EnumType
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.trainer_utils import SchedulerType
+
+from goat_ds.data import DataFormat
+from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.method.scaling import Scaling
+from goat_ds.method.spectrum import Start
+from goat_ds.tuner.config import GoatConfig, Residual
+from goat_ds.zero.ds_config import Precision
+from goat_ds.zero.engine import Attention, Checkpointing
+from goat_ds.zero.ranks import Ranks
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _list_flag(text: str) -> Any:
+    # "extend", so that a repeated flag adds up instead of replacing what was given before.
+    return field(default=None, metadata={"help": text, "action": "extend"})
+
+
+def _cache_folder(name: str) -> str:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(root, "goat_ds", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run; every default is a working one, and together they train the embedded demo."""
+
+    # -- the run
+    config: str | None = _flag(None, "YAML file with any of these settings; the command line wins")
+    output_dir: str | None = _flag(
+        None, "folder of the run, new or empty: checkpoints, metrics.jsonl; runs/demo for the demo"
+    )
+    seed: int = _flag(0, "seed of routers, dropout and the order of the data")
+    dry_run: bool = _flag(False, "check everything that can be checked without reading weights, then stop")
+    timeout_minutes: float = _flag(30.0, "minutes a rank waits for the others before the run ends")
+    local_rank: int | None = _flag(None, "place of this process on its node, as the deepspeed launcher passes it")
+
+    # -- model
+    model: str | None = _flag(None, "base model: folder or hub name; the embedded demo by default")
+    precision: Precision = _flag(Precision.BF16, "dtype of weights and products; master weights are fp32 in each")
+    attn: Attention = _flag(Attention.AUTO, "attention code; auto is FlashAttention-2 where it and a GPU are there")
+    gradient_checkpointing: Checkpointing = _flag(Checkpointing.NONE, "recompute activations in backward, and how")
+
+    # -- data
+    data: list[str] | None = _list_flag("training data: files, folders or hub names; repeatable; the demo's by default")
+    eval_data: list[str] | None = _list_flag("held-out data, in the same forms; repeatable")
+    split: str = _flag("train", "split of hub data sets to train on")
+    eval_split: str = _flag("test", "split of hub data sets to evaluate on")
+    data_format: DataFormat | None = _flag(None, "format of all data; recognised by its columns by default")
+    max_length: int = _flag(1024, "tokens of the longest record and of a pack")
+    packing: bool = _flag(True, "fill packs with several records, without attention across them")
+    token_cache: str = _flag(_cache_folder("tokens"), "folder that remembers tokenised data by content")
+
+    # -- adapter
+    r: int = _flag(32, "total rank of a layer; every expert has r / num_experts")
+    num_experts: int = _flag(8, "experts of a layer")
+    top_k: int = _flag(2, "experts a token uses")
+    init: Start = _flag(Start.GOAT, "where in the spectrum the experts start")
+    scaling: Scaling = _flag(Scaling.THEORY, "formula of the scale s")
+    eta: float = _flag(1.0, "ratio of the learning rates, full fine-tuning to LoRA (theory)")
+    lora_alpha: float = _flag(64.0, "numerator of the scales alpha and rslora")
+    rho: float = _flag(10.0, "divisor of the singular values the experts start from")
+    adaptive_scale: bool = _flag(False, "GOAT-s: scale each expert by its share of the spectrum")
+    residual: Residual = _flag(Residual.LOWRANK, "where the start's mean contribution is taken off")
+    balance_coef: float = _flag(1e-3, "weight of the balance loss, summed over layers")
+    dropout: float = _flag(0.0, "probability that an input of the experts is zeroed")
+    target_modules: list[str] | None = _list_flag("names of the layers to adapt; all linear layers by default")
+    exclude_modules: list[str] | None = _list_flag("names of layers to leave out")
+    svd_cache: str = _flag(_cache_folder("svd"), "folder that remembers decompositions by content")
+
+    # -- optimisation
+    ds_config: str | None = _flag(None, "DeepSpeed config file, such as ds_configs/zero3.json (required)")
+    max_steps: int = _flag(0, "steps of the run; 0 means num_epochs decides")
+    num_epochs: float = _flag(3.0, "passes over the data, when max_steps is 0")
+    micro_batch_size: int = _flag(1, "packs in one forward of one rank")
+    grad_accum_steps: int = _flag(1, "forwards of one rank in one step")
+    learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: SchedulerType = _flag(SchedulerType.COSINE, "schedule after warm-up, one of transformers'")
+    warmup_steps: int | None = _flag(None, "steps of linear warm-up; 100 by default, or a tenth of a shorter run")
+    weight_decay: float = _flag(0.0, "AdamW's decoupled decay")
+    adam_beta1: float = _flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = _flag(0.999, "decay of AdamW's second moment")
+    adam_eps: float = _flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _flag(1.0, "norm the gradient is clipped to; 0 switches clipping off")
+
+    # -- watching
+    log_steps: int = _flag(1, "steps between lines of metrics.jsonl")
+    router_log_steps: int = _flag(10, "steps between lines of routers.jsonl (load of every expert of every layer)")
+    eval_steps: int = _flag(0, "steps between evaluations; 0 means only at the end")
+    save_steps: int = _flag(0, "steps between checkpoints; 0 means only at the end")
+
+    def goat(self) -> GoatConfig:
+        """Give the adapter's settings.
+
+        Raises:
+            ConfigError: one line a problem.
+        """
+        shared = {f.name for f in dataclasses.fields(GoatConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
+        return GoatConfig(task_type="CAUSAL_LM", **{name: getattr(self, name) for name in shared})
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the run trains the embedded demo, because neither model nor data is given."""
+        return self.model is None and not self.data
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or "runs/demo")
+
+    def warmup_of(self, num_steps: int) -> int:
+        """Give the steps of warm-up in a run of ``num_steps``."""
+        return min(100, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """AdamW's decays of the moments."""
+        return self.adam_beta1, self.adam_beta2
+
+    def problems(self) -> Iterator[str]:
+        """Say, one line each, what is wrong with the numbers."""
+        try:
+            self.goat()
+        except ConfigError as error:
+            yield from error.problems
+        if self.ds_config is None:
+            yield "ds_config is required, for example --ds_config ds_configs/zero3.json"
+        for name in ("micro_batch_size", "grad_accum_steps", "log_steps", "router_log_steps"):
+            if getattr(self, name) < 1:
+                yield f"{name} ({getattr(self, name)}) must be at least 1"
+        if not self.is_demo:
+            for name in ("model", "data", "output_dir"):
+                if not getattr(self, name):
+                    yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
+        for name in ("max_steps", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
+            if (getattr(self, name) or 0) < 0:
+                yield f"{name} ({getattr(self, name)}) must be at least 0"
+        for name in ("learning_rate", "adam_eps", "timeout_minutes"):
+            if not getattr(self, name) > 0:
+                yield f"{name} ({getattr(self, name)}) must be above 0"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
+        if self.max_length < 2:
+            yield f"max_length ({self.max_length}) must be at least 2"
+        if self.max_steps == 0 and not self.num_epochs > 0:
+            yield f"num_epochs ({self.num_epochs}) must be above 0 when max_steps is 0"
+        if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
+            yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
+        if self.eval_steps and not self.eval_data and not self.is_demo:
+            yield f"eval_steps ({self.eval_steps}) is set and eval_data is not"
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Read the command line and the YAML file it names.
+
+    Raises:
+        ConfigError: unknown flags or keys, values of the wrong type.
+    """
+    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
+    config_file = _value_of("config", arguments)
+    from_file = _arguments_of(Path(config_file), given=arguments) if config_file else []
+    namespace, unknown = parser.parse_known_args([*from_file, *arguments])
+    raise_if_any([f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("-")])
+    raise_if_any([f"{argument} belongs to no flag; see --help" for argument in unknown])
+    return TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
+
+
+def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """Turn the text of a choice into its enum member; argparse leaves it as text, even the default."""
+    kinds = [kind for kind in (get_args(setting.type) or (setting.type,)) if isinstance(kind, EnumType)]
+    return kinds[0](value) if kinds and value is not None else value
+
+
+# transformers types its dataclasses in a way that mypy cannot match.
+_DATACLASS: Any = TrainConfig
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """Give the value of a flag without parsing the others."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == f"--{name}":
+            value = following
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _arguments_of(path: Path, *, given: Sequence[str]) -> list[str]:
+    """Turn a YAML file into command-line arguments, without the flags that the command line has itself."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config ({path}) cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config ({path}) must hold 'name: value' lines")
+    names = set(get_type_hints(TrainConfig))
+    raise_if_any([f"config: {path}: {key} is not a setting; see --help" for key in content if key not in names])
+    on_command_line = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in given if a.startswith("--")}
+    arguments = []
+    for key, value in content.items():
+        if value is not None and not {key, f"no_{key}"} & on_command_line:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{key}", *map(str, values)]
+    return arguments
+
+
+def ranks_from_environment(config: TrainConfig) -> Ranks:
+    """Say who this process is: as ``deepspeed`` and ``torchrun`` tell it, or alone under plain ``python``."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    local_rank = os.environ.get("LOCAL_RANK", config.local_rank)
+    if local_rank is None:
+        raise ConfigError(
+            "local_rank is not given: neither --local_rank nor LOCAL_RANK; start with deepspeed or torchrun"
+        )
+    return Ranks(
+        world_rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), local_rank=int(local_rank)
+    )

@@ -1,0 +1,196 @@
+"""The training loop, on the DeepSpeed engine."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from goat_ds.data import BatchPlan, Packed, batches, eval_batches, pack_dataset, prepare
+from goat_ds.errors import ConfigError, TrainingError
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.metrics import Metrics
+from goat_ds.train.objective import label_loss_sum, objective
+from goat_ds.train.preflight import engine_settings, eval_sources, load_tokenizer, model_name, train_sources
+from goat_ds.zero import checkpoint, ds_config, ranks
+from goat_ds.zero import engine as engines
+from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.ds_config import Precision
+from goat_ds.zero.ranks import Ranks
+
+
+class Tokens(NamedTuple):
+    """Tokenised and packed data."""
+
+    dataset: Dataset
+    packed: Packed
+
+
+def train(config: TrainConfig, processes: Ranks) -> Path:
+    """Train as the settings say. A collective; the settings must have passed ``preflight``.
+
+    Returns:
+        The folder of the last checkpoint.
+
+    Raises:
+        TrainingError: the run stopped itself; the last checkpoint is whole.
+    """
+    torch.manual_seed(config.seed + processes.world_rank)
+    tokenizer = load_tokenizer(model_name(config))
+    tokens = load_tokens(config, processes, tokenizer, train_sources(config), split=config.split)
+    heldout = None
+    if eval_sources(config):
+        heldout = load_tokens(config, processes, tokenizer, eval_sources(config), split=config.eval_split)
+    plan = batch_plan(config, processes, tokens.packed)
+    num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
+    engine = build(config, processes, num_steps=num_steps)
+    tuner: Any = engines.peft_model(engine).base_model
+    metrics = Metrics(config.folder, processes=processes, num_steps=num_steps, monitor=engine.monitor)
+    saved = None
+
+    for step, batch in batches(tokens.dataset, plan, world_rank=processes.world_rank).from_step(0, until=num_steps):
+        step += 1
+        for micro_batch in batch.micro_batches:
+            micro_batch = micro_batch.to(engine.device)
+            loss = objective(
+                engine,
+                tuner,
+                micro_batch,
+                num_label_tokens=batch.num_label_tokens,
+                num_micro_batches=config.grad_accum_steps * processes.world_size,
+            )
+            metrics.add(loss, micro_batch, tuner.signal.loads)
+            engine.backward(loss.total)
+            lr = engine.get_lr()[0]
+            engine.step()
+        totals = metrics.finish_step(step, num_label_tokens=batch.num_label_tokens)
+        grad_norm = finite_grad_norm(engine, step, config.precision)
+        last = step == num_steps
+        if due(step, config.log_steps, last):
+            metrics.record(
+                step, totals, lr=lr, grad_norm=grad_norm, routers_too=due(step, config.router_log_steps, last)
+            )
+        if heldout is not None and due(step, config.eval_steps, last):
+            metrics.record_eval(step, eval_loss=evaluate(engine, heldout, config, processes))
+        if due(step, config.save_steps, last):
+            saved = checkpoint.save_checkpoint(engine, output_dir=config.folder, step=step, processes=processes)
+        metrics.step_done()
+
+    metrics.close()
+    engines.destroy(engine)
+    assert saved is not None
+    return saved
+
+
+def load_tokens(
+    config: TrainConfig,
+    processes: Ranks,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    *,
+    split: str,
+) -> Tokens:
+    """Tokenise once a node, read the cache everywhere, pack. A collective."""
+    tokenised = ranks.first_on_node_then_others(
+        processes,
+        lambda: prepare(
+            sources,
+            tokenizer,
+            max_length=config.max_length,
+            cache_dir=Path(config.token_cache),
+            data_format=config.data_format,
+            split=split,
+        ),
+    )
+    packed = pack_dataset(tokenised.dataset, max_length=config.max_length, packing=config.packing)
+    say(processes, f"data: {', '.join(sources)}", *tokenised.report.lines(), str(packed.report))
+    return Tokens(tokenised.dataset, packed)
+
+
+def batch_plan(config: TrainConfig, processes: Ranks, packed: Packed) -> BatchPlan:
+    """Say which packs form which global batch."""
+    return BatchPlan(
+        packs=packed.packs,
+        num_labels=packed.num_labels,
+        micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        world_size=processes.world_size,
+        seed=config.seed,
+    )
+
+
+def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
+    """Load the base, start its experts, give both to DeepSpeed. A collective."""
+    warmup_steps = config.warmup_of(num_steps)
+    if warmup_steps >= num_steps:
+        raise ConfigError(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
+    assert config.ds_config is not None
+    raw, _ = ds_config.read(config.ds_config)
+    engine_config = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    base = engines.load_base(
+        model_name(config),
+        precision=config.precision,
+        attention=engines.choose_attention(config.attn),
+        engine_config=engine_config,
+    )
+    model = engines.attach_experts(base, config.goat(), engine_config=engine_config)
+    report = start_adapter(
+        model, engines.ADAPTER_NAME, processes=processes, seed=config.seed, cache=Path(config.svd_cache)
+    )
+    say(
+        processes,
+        f"GOAT start: {report.num_layers} layers, {report.num_cached} from the cache, {report.seconds:.1f} s",
+    )
+    engines.enable_checkpointing(model, config.gradient_checkpointing)
+    return engines.build_engine(
+        model,
+        engine_config=engine_config,
+        schedule=lambda optimizer: get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps
+        ),
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: Any, heldout: Tokens, config: TrainConfig, processes: Ranks) -> float:
+    """Give the mean cross-entropy over the label tokens of the held-out data. A collective."""
+    engine.eval()
+    lm_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for micro_batch in eval_batches(
+        heldout.dataset,
+        heldout.packed.packs,
+        micro_batch_size=config.micro_batch_size,
+        world_rank=processes.world_rank,
+        world_size=processes.world_size,
+    ):
+        lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
+    engine.train()
+    return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)
+
+
+def finite_grad_norm(engine: Any, step: int, precision: Precision) -> float:
+    """Give the gradient's norm before clipping.
+
+    Raises:
+        TrainingError: it is not finite, and no loss scaler has skipped the step.
+    """
+    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    if precision is not Precision.FP16 and not math.isfinite(grad_norm):
+        raise TrainingError(f"the gradient norm of step {step} is {grad_norm}")
+    return grad_norm
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens ``every`` so many steps (0: never), and at the end, happens now."""
+    return last or (every > 0 and step % every == 0)
+
+
+def say(processes: Ranks, *lines: str) -> None:
+    """Print on the first rank, beside its progress bars."""
+    if processes.is_first:
+        for line in lines:
+            tqdm.write(line)

@@ -1,0 +1,89 @@
+"""Everything that can be wrong with a run and can be known before a weight is read, in one message."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from goat_ds import demo
+from goat_ds.data import check_sources
+from goat_ds.errors import ConfigError
+from goat_ds.train.config import TrainConfig
+from goat_ds.zero import ds_config, engine, ranks
+from goat_ds.zero.ds_config import EngineSettings, Precision
+from goat_ds.zero.ranks import Ranks
+
+
+def model_name(config: TrainConfig) -> str:
+    """Give the folder or hub name of the base."""
+    return config.model or str(demo.base_path())
+
+
+def train_sources(config: TrainConfig) -> list[str]:
+    """Give the sources to train on."""
+    return [str(demo.train_data())] if config.is_demo else list(config.data or ())
+
+
+def eval_sources(config: TrainConfig) -> list[str]:
+    """Give the held-out sources; may be empty."""
+    return [str(demo.heldout_data())] if config.is_demo and not config.eval_data else list(config.eval_data or ())
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it does not load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model ({model}) has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def engine_settings(config: TrainConfig, *, world_size: int, raw: dict[str, Any]) -> EngineSettings:
+    """Give what the flags say about the engine."""
+    return EngineSettings(
+        world_size=world_size,
+        micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        precision=config.precision,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_betas=config.adam_betas,
+        adam_eps=config.adam_eps,
+        max_grad_norm=config.max_grad_norm,
+        # DeepSpeed's fused Adam is for CUDA; with offload it takes its own CPU Adam.
+        torch_adam=not ranks.has_cuda() and not ds_config.offloads_optimizer(raw),
+    )
+
+
+def problems(config: TrainConfig, processes: Ranks) -> Iterator[str]:
+    """Say everything that is wrong, one line each. Reads configs and data, no weights."""
+    numbers = list(config.problems())
+    yield from numbers
+    if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
+        yield f"output_dir ({config.folder}) is not empty: it may hold another run; choose another folder"
+    if config.ds_config is not None:
+        raw, unreadable = ds_config.read(config.ds_config)
+        yield from unreadable
+        if not unreadable:
+            settings = engine_settings(config, world_size=processes.world_size, raw=raw)
+            yield from ds_config.problems(raw, settings)
+    if config.precision is Precision.FP16 and not ranks.supports_fp16():
+        yield "precision (fp16) is not supported by this device; use bf16 or fp32"
+    yield from _raised_by(lambda: engine.choose_attention(config.attn))
+    if config.model or config.is_demo:
+        yield from _raised_by(lambda: load_tokenizer(model_name(config)))
+        # With wrong numbers the adapter cannot be put anywhere.
+        if not numbers:
+            yield from _raised_by(lambda: engine.rehearse(model_name(config), config.goat()))
+    yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
+    yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+
+
+def _raised_by(check: Callable[[], Any]) -> Iterator[str]:
+    try:
+        check()
+    except ConfigError as error:
+        yield from error.problems

@@ -1,0 +1,55 @@
+"""A run from its command line to its exit code: 0 done, 2 bad input, 1 anything else."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from goat_ds.errors import ConfigError, GoatError, raise_if_any
+from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
+from goat_ds.train.loop import say, train
+from goat_ds.train.preflight import problems
+from goat_ds.zero import ranks
+from goat_ds.zero.ranks import Ranks
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as the command line says, and end the process with its exit code."""
+    # Calls that DeepSpeed and PEFT make, once a step; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    try:
+        config = parse(arguments)
+        processes = ranks_from_environment(config)
+        ranks.join(processes, timeout_minutes=max(config.timeout_minutes, 1.0))
+        _check_and_train(config, processes)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{error}\n", file=sys.stderr)
+        _end(2)
+    except GoatError as error:
+        print(f"\nrank {os.environ.get('RANK', '0')}: {error}\n", file=sys.stderr)
+        _end(1)
+    except Exception:
+        print(f"\nrank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1)
+    ranks.leave()
+
+
+def _check_and_train(config: TrainConfig, processes: Ranks) -> None:
+    # Files are read by one process a node; what it finds ends all of them.
+    ranks.together(lambda: raise_if_any(problems(config, processes)) if processes.is_first_on_node else None)
+    if config.dry_run:
+        say(processes, "dry run: nothing is wrong that can be known before weights are read")
+        return
+    ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
+    saved = train(config, processes)
+    say(processes, f"saved {saved}")
+
+
+def _end(code: int) -> None:
+    """End now: the other ranks may be waiting for this one in a collective, and leaving it would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,203 @@
+"""Share the decompositions of a sharded model out over its ranks, and remember them on disk.
+
+    weight shards ──► one rank ──► whole weight ──► cache? ──► directions ──► factors ──► shards on all ranks
+
+Work goes in waves. In one wave every rank receives at most one whole weight, so that a rank never holds two; the
+costs ``O I min(O, I)``, not the counts, are balanced. Works the same on one process and under every ZeRO stage.
+
+Shape letters: O out features, I in features, R total rank.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from goat_ds.method.spectrum import Directions, decompose
+from goat_ds.tuner.layer import GoatExperts
+from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
+from goat_ds.zero import partition, ranks
+from goat_ds.zero.ranks import Ranks
+
+# Part of every cache key: raise it when the directions of the same weight would come out differently.
+CACHE_VERSION = 1
+
+
+class StartReport(NamedTuple):
+    """What starting an adapter took.
+
+    ``num_layers`` were started, ``num_cached`` of them from the cache; ``cost_share`` is this rank's share of the
+    decomposition work, ``seconds`` the time until every rank was done.
+    """
+
+    num_layers: int
+    num_cached: int
+    cost_share: float
+    seconds: float
+
+
+class Assignment(NamedTuple):
+    """One layer of a wave and the rank that decomposes it."""
+
+    item: NamedExperts
+    world_rank: int
+
+
+def start_adapter(
+    model: nn.Module, adapter_name: str, *, processes: Ranks, seed: int, cache: Path | None
+) -> StartReport:
+    """Fill a deferred adapter from the model's weights, which may be sharded. A collective.
+
+    The random parts (routers, and ``A`` of ``init="zero"``) are drawn per layer from ``seed``, so they do not depend
+    on the number of ranks.
+
+    Args:
+        model: A PEFT model with a deferred GOAT adapter, not yet given to the DeepSpeed engine.
+        adapter_name: Which adapter.
+        processes: Who this process is.
+        seed: Of the random parts.
+        cache: Folder that remembers decompositions by content; any number of processes may share it. None: no cache.
+    """
+    began = time.monotonic()
+    items = list(named_experts(model, adapter_name))
+    costs = {item.path: _cost(item) for item in items}
+    place = {item.path: number for number, item in enumerate(items)}
+    cached = own = 0.0
+    bar = tqdm(total=len(items), desc="GOAT start", unit="layer", disable=not processes.is_first)
+    for wave in waves(items, world_size=processes.world_size):
+        directions, from_cache = _decompose_mine(wave, processes, cache)
+        cached += from_cache
+        for item, owner in wave:
+            own += costs[item.path] * (owner == processes.world_rank)
+            _hand_out(item, owner, directions, processes, seed=seed + place[item.path])
+            bar.update()
+    bar.close()
+    total = ranks.sum_over_ranks(torch.tensor([cached, own]))
+    share = own / float(total[1]) if total[1] else 0.0
+    return StartReport(len(items), int(total[0]), share, time.monotonic() - began)
+
+
+def waves(items: Sequence[NamedExperts], *, world_size: int) -> Iterator[list[Assignment]]:
+    """Deal layers out: the dearest first, in waves of one layer a rank, the dearer ones to whoever has done least."""
+    by_cost = sorted(items, key=_cost, reverse=True)
+    done = [0.0] * world_size
+    for first in range(0, len(by_cost), world_size):
+        wave = by_cost[first : first + world_size]
+        idlest = sorted(range(world_size), key=lambda rank: done[rank])
+        for item, rank in zip(wave, idlest, strict=False):
+            done[rank] += _cost(item)
+        yield [Assignment(item, rank) for item, rank in zip(wave, idlest, strict=False)]
+
+
+def _cost(item: NamedExperts) -> float:
+    out_features, in_features = linear_shape(item.layer.get_base_layer())
+    return out_features * in_features * min(out_features, in_features)
+
+
+def _weight(item: NamedExperts) -> nn.Parameter:
+    return item.layer.get_base_layer().weight  # type: ignore[return-value]
+
+
+def _decompose_mine(wave: list[Assignment], processes: Ranks, cache: Path | None) -> tuple[Directions | None, bool]:
+    """Receive the weight this rank has in the wave, if any, and decompose it; say whether the cache knew it."""
+    mine: tuple[NamedExperts, Tensor] | None = None
+    for item, owner in wave:
+        if item.experts.config.init.decomposes:
+            whole = partition.whole_on(owner, _weight(item))
+            if whole is not None:
+                mine = (item, whole.T if item.layer.transposed else whole)
+    if mine is None:
+        return None, False
+    item, weight_OI = mine
+    return directions_of(weight_OI, item.experts, cache=cache)
+
+
+def _hand_out(item: NamedExperts, owner: int, directions: Directions | None, processes: Ranks, *, seed: int) -> None:
+    """Give the owner's factors to every rank, as shards where the model is sharded."""
+    experts = item.experts
+    with partition.written_by(owner, experts.parameters()), torch.random.fork_rng():
+        if owner == processes.world_rank:
+            torch.manual_seed(seed)
+            experts.start(directions)
+    experts.ready = True
+    if experts.config.residual == "fold":
+        with partition.gathered(experts.parameters()), partition.written_by(owner, [_weight(item)]):
+            (adapter_name,) = (name for name, e in item.layer.goat_experts.items() if e is experts)
+            item.layer.fold(adapter_name)
+
+
+def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None) -> tuple[Directions, bool]:
+    """Give the directions an adapter starts from in fp32, from the cache or the weight; say whether it was cached."""
+    indices_ED = experts.indices()
+    if cache is None:
+        return _in_fp32(decompose(weight_OI, indices_ED)), False
+    entry = cache / f"{_key(weight_OI, indices_ED)}.safetensors"
+    shapes = [(weight_OI.shape[0], indices_ED.numel()), (indices_ED.numel(),), (indices_ED.numel(), weight_OI.shape[1])]
+    known = _read(entry, shapes)
+    if known is not None:
+        return Directions(*(tensor.to(weight_OI.device) for tensor in known)), True
+    directions = _in_fp32(decompose(weight_OI, indices_ED))
+    _write(entry, directions)
+    return directions, False
+
+
+def _in_fp32(directions: Directions) -> Directions:
+    # What is cached and what was just computed must be the same numbers.
+    return Directions(*(tensor.to(torch.float32).contiguous() for tensor in directions))
+
+
+def _key(weight_OI: Tensor, indices_ED: Tensor) -> str:
+    """Name a decomposition by its content. Scale and rho are not part of it: they are applied afterwards."""
+    digest = hashlib.sha256()
+    about = [CACHE_VERSION, list(weight_OI.shape), str(weight_OI.dtype), indices_ED.tolist()]
+    digest.update(json.dumps(about).encode())
+    digest.update(weight_OI.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _checksum(directions: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in directions:
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(entry: Path, shapes: list[tuple[int, ...]]) -> Directions | None:
+    """Read a cache entry; None when it is missing or damaged, which is said and not trusted."""
+    if not entry.exists():
+        return None
+    try:
+        with safe_open(entry, framework="pt") as file:
+            directions = Directions(*(file.get_tensor(name) for name in Directions._fields))
+            checksum = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        tqdm.write(f"SVD cache: {entry} is damaged ({error}); decomposing again")
+        return None
+    if [tuple(tensor.shape) for tensor in directions] != shapes or checksum != _checksum(directions):
+        tqdm.write(f"SVD cache: {entry} is damaged (its checksum does not fit); decomposing again")
+        return None
+    return directions
+
+
+def _write(entry: Path, directions: Directions) -> None:
+    """Write a cache entry whole or not at all, whoever else writes the same one; say so if the disk refuses."""
+    tensors = {name: tensor.cpu() for name, tensor in directions._asdict().items()}
+    content = save(tensors, metadata={"sha256": _checksum(directions)})
+    # The process id alone is not unique where nodes share a disk.
+    temporary = entry.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(entry)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        tqdm.write(f"SVD cache: {entry} was not written ({error}); the next run decomposes this layer again")

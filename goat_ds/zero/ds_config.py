@@ -1,0 +1,166 @@
+"""A DeepSpeed config file and the flags of a run, made one: "auto" is filled in, a contradiction is refused."""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+AUTO = "auto"
+
+
+class Precision(StrEnum):
+    """Dtype of the model's weights and products; optimizer state and master weights are fp32 in each."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What the flags say about the engine."""
+
+    world_size: int
+    """Number of ranks."""
+    micro_batch_size: int
+    """Packs in one forward of one rank."""
+    grad_accum_steps: int
+    """Forwards of one rank in one step."""
+    precision: Precision
+    """Dtype of weights and products."""
+    learning_rate: float
+    """Peak learning rate."""
+    weight_decay: float
+    """AdamW's decoupled decay."""
+    adam_betas: tuple[float, float]
+    """AdamW's decays of the moments."""
+    adam_eps: float
+    """AdamW's epsilon."""
+    max_grad_norm: float
+    """Norm the gradient is clipped to; 0 switches clipping off."""
+    torch_adam: bool
+    """Whether AdamW is torch's (CPU without offload) and not DeepSpeed's fused or CPU one."""
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a DeepSpeed config; give it, or what is wrong with the file."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return {}, [f"ds_config ({path}) does not exist"]
+    except json.JSONDecodeError as error:
+        return {}, [f"ds_config: {path} line {error.lineno}: not JSON ({error.msg})"]
+    if not isinstance(content, dict):
+        return {}, [f"ds_config: {path} holds no JSON object"]
+    return content, []
+
+
+def stage(ds_config: dict[str, Any]) -> int:
+    """Give the ZeRO stage."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
+    """Whether optimizer state lives on the host, where DeepSpeed's CPU Adam works on it."""
+    device = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return str(device) != "none"
+
+
+def fill(ds_config: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
+    """Give the config with every "auto" filled in from the flags; ``problems`` must have found none."""
+    filled = copy.deepcopy(ds_config)
+    for path, value in _flag_values(settings):
+        _put(filled, path, value)
+    zero = filled.setdefault("zero_optimization", {})
+    # Sizes that a config leaves to us are left to DeepSpeed's own defaults.
+    filled["zero_optimization"] = {key: value for key, value in zero.items() if value != AUTO}
+    optimizer = filled.setdefault("optimizer", {"type": "AdamW"})
+    parameters = optimizer.setdefault("params", {})
+    for name, value in _optimizer_values(settings):
+        if parameters.get(name, AUTO) == AUTO:
+            parameters[name] = value
+    if settings.torch_adam:
+        parameters["torch_adam"] = True
+    filled.setdefault("zero_allow_untested_optimizer", True)
+    filled.setdefault("steps_per_print", 10**9)
+    filled.setdefault("wall_clock_breakdown", False)
+    return filled
+
+
+def problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
+    """Say, one line each, where the config contradicts the flags or asks for what is not supported."""
+    if stage(ds_config) not in (0, 1, 2, 3):
+        yield f"ds_config: zero_optimization.stage ({stage(ds_config)}) must be 0, 1, 2 or 3"
+    enabled = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled") is True]
+    if len(enabled) == 2:
+        yield "ds_config: bf16.enabled and fp16.enabled are both true; keep one, or set both to auto"
+    yield from _batch_problems(ds_config, settings)
+    for path, value in _flag_values(settings):
+        given = _get(ds_config, path)
+        # train_batch_size has a message of its own; two precisions at once as well.
+        if given in (None, AUTO, value) or path[0] == "train_batch_size" or len(enabled) == 2:
+            continue
+        yield f"ds_config: {'.'.join(path)} ({given}) contradicts {_flag_of(path)} ({value}); set it to auto"
+    optimizer = ds_config.get("optimizer", {})
+    if optimizer.get("type", "AdamW") not in ("Adam", "AdamW"):
+        yield f"ds_config: optimizer.type ({optimizer['type']}) must be AdamW; leave the block out for the default"
+    for name, value in _optimizer_values(settings):
+        given = optimizer.get("params", {}).get(name, AUTO)
+        if given != AUTO and given != value:
+            yield f"ds_config: optimizer.params.{name} ({given}) contradicts the flags ({value}); set it to auto"
+    if "scheduler" in ds_config:
+        yield "ds_config: scheduler is set by --lr_scheduler and --warmup_steps; leave the block out"
+    if ds_config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+        yield "ds_config: zero_optimization.offload_param.device (nvme) is not supported; use cpu"
+
+
+def _batch_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
+    given = ds_config.get("train_batch_size", AUTO)
+    expected = settings.micro_batch_size * settings.grad_accum_steps * settings.world_size
+    if given not in (AUTO, expected):
+        yield (
+            f"ds_config: train_batch_size ({given}) must equal micro_batch_size ({settings.micro_batch_size}) x "
+            f"grad_accum_steps ({settings.grad_accum_steps}) x ranks ({settings.world_size}) = {expected}; "
+            "set it to auto, or change the flags"
+        )
+
+
+def _flag_values(settings: EngineSettings) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield ("train_micro_batch_size_per_gpu",), settings.micro_batch_size
+    yield ("gradient_accumulation_steps",), settings.grad_accum_steps
+    yield ("train_batch_size",), settings.micro_batch_size * settings.grad_accum_steps * settings.world_size
+    yield ("gradient_clipping",), settings.max_grad_norm
+    yield ("bf16", "enabled"), settings.precision is Precision.BF16
+    yield ("fp16", "enabled"), settings.precision is Precision.FP16
+
+
+def _optimizer_values(settings: EngineSettings) -> Iterator[tuple[str, Any]]:
+    yield "lr", settings.learning_rate
+    yield "betas", list(settings.adam_betas)
+    yield "eps", settings.adam_eps
+    yield "weight_decay", settings.weight_decay
+
+
+def _flag_of(path: tuple[str, ...]) -> str:
+    return {
+        "train_micro_batch_size_per_gpu": "micro_batch_size",
+        "gradient_accumulation_steps": "grad_accum_steps",
+        "gradient_clipping": "max_grad_norm",
+        "bf16": "precision bf16",
+        "fp16": "precision fp16",
+    }[path[0]]
+
+
+def _get(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree.get(key, {})
+    return None if tree == {} else tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

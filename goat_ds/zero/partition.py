@@ -1,0 +1,68 @@
+"""The only place that asks whether a parameter is partitioned.
+
+Every helper does nothing, rather than something else, on a parameter that is whole.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from goat_ds.zero import ranks
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter in shards."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Give the shape of the whole parameter."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+@contextmanager
+def partitioned_at_birth(ds_config: dict[str, object], *, stage: int) -> Iterator[None]:
+    """Shard the parameters of every module built inside, at once, under ZeRO-3; nothing under lower stages."""
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+        yield
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hold parameters whole, to read. A collective: every rank must enter, in the same order."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if is_partitioned(p)]):
+        yield
+
+
+@contextmanager
+def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hold parameters whole; what ``world_rank`` wrote is what every rank has afterwards. A collective."""
+    parameters = list(parameters)
+    with deepspeed.zero.GatheredParameters([p for p in parameters if is_partitioned(p)], modifier_rank=world_rank):
+        yield
+    for parameter in parameters:
+        if not is_partitioned(parameter):
+            torch.distributed.broadcast(parameter.data, src=world_rank)
+
+
+@torch.no_grad()
+def whole_on(world_rank: int, parameter: nn.Parameter) -> Tensor | None:
+    """Give a copy of the whole parameter to one rank and None to the others, who hold no more than their shard.
+
+    A collective. The shards travel straight to that rank; a gather on every rank would hold one weight too many.
+    """
+    here = torch.distributed.get_rank() == world_rank
+    if not is_partitioned(parameter):
+        return parameter.detach().clone() if here else None
+    shard = parameter.ds_tensor.to(ranks.device())  # type: ignore[attr-defined]
+    whole = torch.empty(shard.numel() * torch.distributed.get_world_size(), dtype=shard.dtype, device=shard.device)
+    torch.distributed.gather(shard, list(whole.split(shard.numel())) if here else None, dst=world_rank)
+    if not here:
+        return None
+    shape = full_shape(parameter)
+    # The last shards are padded.
+    return whole[: shape.numel()].view(shape)

@@ -1,0 +1,38 @@
+"""Write a trained checkpoint in a form that others load: ``python launch/export.py --checkpoint DIR --output DIR``."""
+
+import argparse
+import sys
+
+from goat_ds.errors import GoatError
+from goat_ds.export import Adapter, export_adapter, export_exact
+
+
+def main() -> None:
+    """Read the command line, export, and say what was read and written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="an adapter, a checkpoint, or the output_dir of a run")
+    parser.add_argument("--mode", choices=["adapter", "exact"], required=True, help="a PEFT folder or a whole model")
+    parser.add_argument("--output", required=True, help="a new folder")
+    parser.add_argument("--base", help="folder or hub name of the base, if it is not where the adapter says")
+    parser.add_argument("--max_shard_size", default="5GB", help="bytes of one weights file (exact)")
+    args = parser.parse_args()
+    try:
+        adapter = _export(args)
+    except GoatError as error:
+        sys.exit(_refusal(error))
+    print(f"read {adapter.path}\nwrote {args.output}")
+
+
+def _export(args: argparse.Namespace) -> Adapter:
+    if args.mode == "adapter":
+        return export_adapter(args.checkpoint, output=args.output, base=args.base)
+    return export_exact(args.checkpoint, output=args.output, base=args.base, max_shard_size=args.max_shard_size)
+
+
+def _refusal(error: GoatError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

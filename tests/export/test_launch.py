@@ -1,0 +1,48 @@
+"""The command line of the export."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.export.conftest import Trained
+
+# transformers 5.23 deprecates what PEFT 0.21 asks every model for.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "export.py"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize(("mode", "weights"), [("adapter", "adapter_model"), ("exact", "model")])
+def test_both_modes_write_their_weights_and_say_what_they_read(
+    tmp_path: Path,
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    weights: str,
+) -> None:
+    run(monkeypatch, "--checkpoint", trained.adapter, "--mode", mode, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
+    assert f"read {trained.adapter}\nwrote {tmp_path / 'out'}\n" in capsys.readouterr().out
+
+
+def test_a_refusal_is_one_message_on_stderr_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--checkpoint", tmp_path, "--mode", "exact", "--output", tmp_path / "out")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: checkpoint ({tmp_path}) holds neither adapter_config.json")
+
+
+def test_an_unknown_flag_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--checkpoint", "a", "--mode", "exact", "--output", "b", "--shards", "3")
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --shards 3" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Sharded equals whole: the same global batches give the same losses on any ranks, stage and accumulation."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.launching import losses_of, metrics_of, run_many
+
+NUM_STEPS = 20
+
+COMMON = {
+    "precision": "fp32",
+    "max_steps": str(NUM_STEPS),
+    "max_length": "64",
+    "learning_rate": "5e-4",
+    "warmup_steps": "2",
+    "r": "16",
+    "num_experts": "4",
+    # Large, so that a balance gradient that went missing would show in the losses.
+    "balance_coef": "0.05",
+    "seed": "3",
+}
+ZERO3 = {"ds_config": "ds_configs/zero3.json"}
+TWO_IN_ONE_STEP = {"grad_accum_steps": "2"}
+
+# All of them train on the same two packs a step.
+ON_ONE_RANK: dict[str, dict[str, str]] = {
+    "zero3, accumulated": ZERO3 | TWO_IN_ONE_STEP,
+    "zero3, one row of both": ZERO3 | {"micro_batch_size": "2"},
+    "zero3, reentrant": ZERO3 | TWO_IN_ONE_STEP | {"gradient_checkpointing": "reentrant"},
+    "zero3, non-reentrant": ZERO3 | TWO_IN_ONE_STEP | {"gradient_checkpointing": "non_reentrant"},
+    "zero1, accumulated": {"ds_config": "ds_configs/zero1.json"} | TWO_IN_ONE_STEP,
+    "zero3, fold": ZERO3 | TWO_IN_ONE_STEP | {"residual": "fold"},
+}
+ON_TWO_RANKS: dict[str, dict[str, str]] = {
+    "zero1": {"ds_config": "ds_configs/zero1.json"},
+    "zero2": {"ds_config": "ds_configs/zero2.json"},
+    "zero3": ZERO3,
+    "zero3, reentrant": ZERO3 | {"gradient_checkpointing": "reentrant"},
+    "zero3, non-reentrant": ZERO3 | {"gradient_checkpointing": "non_reentrant"},
+    "zero3, offload": {"ds_config": "ds_configs/zero3_offload.json"},
+    "zero3, fold": ZERO3 | {"residual": "fold"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train every variant; give the folder of each run."""
+    root = tmp_path_factory.mktemp("trajectories")
+    found = {}
+    for world_size, variants in ((1, ON_ONE_RANK), (2, ON_TWO_RANKS)):
+        command_lines = []
+        for name, settings in variants.items():
+            folder = root / f"{world_size} {name}"
+            found[f"{world_size} {name}"] = folder
+            flags = (
+                COMMON
+                | settings
+                | {
+                    "output_dir": str(folder),
+                    "svd_cache": str(root / "svd"),
+                    "token_cache": str(root / "tokens"),
+                }
+            )
+            command_lines.append([word for flag, value in flags.items() for word in (f"--{flag}", value)])
+        run_many(command_lines, world_size=world_size, folder=root)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(folders: dict[str, Path]) -> list[float]:
+    """The trajectory that judges the others: one process."""
+    return losses_of(folders["1 zero3, accumulated"])
+
+
+@pytest.mark.slow
+def test_a_run_learns(whole: list[float]) -> None:
+    assert len(whole) == NUM_STEPS
+    assert sum(whole[-5:]) < 0.9 * sum(whole[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ON_TWO_RANKS if "fold" not in name])
+def test_two_ranks_give_the_losses_of_one_process(name: str, folders: dict[str, Path], whole: list[float]) -> None:
+    assert losses_of(folders[f"2 {name}"]) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ON_ONE_RANK if "fold" not in name])
+def test_accumulation_checkpointing_and_stage_change_nothing_beyond_rounding(
+    name: str, folders: dict[str, Path], whole: list[float]
+) -> None:
+    if "one row" in name:
+        # One micro-batch has one balance loss, two have the mean of two: only the start is comparable.
+        assert losses_of(folders[f"1 {name}"])[:1] == pytest.approx(whole[:1], abs=1e-5)
+    else:
+        assert losses_of(folders[f"1 {name}"]) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_folded_residual_gives_the_same_losses_on_two_ranks_and_nearly_those_of_the_low_rank_one(
+    folders: dict[str, Path], whole: list[float]
+) -> None:
+    folded = losses_of(folders["1 zero3, fold"])
+    assert losses_of(folders["2 zero3, fold"]) == pytest.approx(folded, abs=1e-5)
+    assert folded == pytest.approx(whole, abs=1e-4)
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / f"checkpoint-{NUM_STEPS}" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_saved_adapters_are_whole_and_equal_on_one_and_two_ranks(folders: dict[str, Path]) -> None:
+    one, two = adapter(folders["1 zero3, accumulated"]), adapter(folders["2 zero3"])
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.numel() > 0
+        assert (tensor - two[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_every_logged_step_has_the_promised_fields(folders: dict[str, Path]) -> None:
+    lines = [line for line in metrics_of(folders["2 zero3"]) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    promised = {"step", "loss", "balance_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_mem_gib"}
+    assert all(promised <= line.keys() for line in lines)
+    assert all(line["balance_loss"] >= 0.5 and line["grad_norm"] > 0 and line["tokens"] > 0 for line in lines)
