@@ -3,7 +3,8 @@ r"""Lay a conversation out as one text, and tell the answers in it from the rest
 With a chat template, the layout is the template's, BOS included. Where an answer starts is what the template itself
 says: the text it renders for the messages before the answer with ``add_generation_prompt``, which must be how the whole
 text begins, or generation would start from other text than training did. The answer ends behind the special token that
-closes it. A template that marks answers with ``{% generation %}`` is believed instead. Any other is refused.
+closes it. A template that marks answers with ``{% generation %}`` is believed instead, also where its prompt is no such
+beginning; it only need close its answers. Any other template is refused, and so is one that leaves a message out.
 
 Without one, it is the Alpaca prompt (github.com/tatsu-lab/stanford_alpaca), repeated for further turns; a system
 message stands in place of Alpaca's first sentence:
@@ -13,6 +14,7 @@ message stands in place of Alpaca's first sentence:
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-HEADINGS = {"user": "Instruction", "assistant": "Response"}
+HEADINGS = {"user": "Instruction"}
+"""What Alpaca calls a role; others go by their own name."""
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -48,27 +51,101 @@ class Layout(NamedTuple):
     """Whether the tokenizer's own BOS goes first; a template writes it itself."""
 
 
-def lay_out(record: Record, tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Lay out a record to train on.
+@dataclass(frozen=True)
+class Layouter:
+    """Lays out records for one tokenizer."""
 
-    Raises:
-        ConfigError: the chat template refuses the conversation, or does not show where an answer begins and ends.
-    """
-    if record.text:
-        return Layout([Segment(f"{record.text}{tokenizer.eos_token}", True)], wants_bos=True)
-    return lay_out_messages(record.messages, tokenizer)
+    tokenizer: PreTrainedTokenizerBase
+    closing: re.Pattern[str]
+    """A special token and the white space before it: how an answer is closed."""
+    closed: re.Pattern[str]
+    """A text that ends with one, but for white space."""
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Layouter":
+        """Look up, once, the special tokens of ``tokenizer``: some have thousands."""
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = "|".join(map(re.escape, sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)))
+        closing = rf"\s*(?P<token>{special})"
+        return cls(tokenizer, re.compile(closing), re.compile(rf"(?s:.*){closing}(?=\s*\Z)"))
 
-def lay_out_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Lay out a conversation; one that does not end with an answer becomes a prompt, ready for the next answer.
+    def record(self, record: Record) -> Layout:
+        """Lay out a record to train on.
 
-    Raises:
-        ConfigError: as for :func:`lay_out`.
-    """
-    if tokenizer.chat_template is None:
-        return Layout(list(_plain_segments(messages, str(tokenizer.eos_token))), wants_bos=True)
-    chat = [_with_input(message) for message in messages]
-    return Layout(_template_segments(chat, tokenizer), wants_bos=False)
+        Raises:
+            ConfigError: the chat template refuses the conversation, leaves out a part of it, or does not show where
+                an answer begins and ends.
+        """
+        if record.text:
+            return Layout([Segment(f"{record.text}{self.tokenizer.eos_token}", True)], wants_bos=True)
+        return self.messages(record.messages)
+
+    def messages(self, messages: Sequence[Message]) -> Layout:
+        """Lay out a conversation; one that does not end with an answer becomes a prompt, ready for the next answer.
+
+        Raises:
+            ConfigError: as for :meth:`record`.
+        """
+        if self.tokenizer.chat_template is None:
+            return Layout(list(_plain_segments(messages, str(self.tokenizer.eos_token))), wants_bos=True)
+        return Layout(self._template_segments([_with_input(message) for message in messages]), wants_bos=False)
+
+    def closing_token(self) -> str:
+        """Return the text of the special token that closes an answer.
+
+        Raises:
+            ConfigError: as for :meth:`record`.
+        """
+        probe: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        text = "".join(segment.text for segment in self.messages(probe).segments)
+        found = self.closing.match(text, text.rindex("answer") + len("answer"))
+        assert found is not None  # or laying out would have been refused
+        return found["token"]
+
+    def _template_segments(self, chat: list[dict[str, str]]) -> list[Segment]:
+        text, marked = _render(chat, self.tokenizer)
+        for message in chat:
+            # Some templates pass over roles they do not know, or content that is no list of images, in silence.
+            if _visible(message) not in text:
+                role = message["role"]
+                raise ConfigError(f'the tokenizer\'s chat template leaves out or changes a message of "{role}"')
+        turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        prompts = [_render(chat[:turn], self.tokenizer)[0] for turn in turns]
+        if marked:
+            starts = [len(prompt) for prompt in prompts if text.startswith(prompt)]
+            spans = [self._marked_span(text, start, end, starts) for start, end in _merged(marked)]
+        else:
+            starts = [_start_behind(prompt, text) for prompt in prompts]
+            answers = [_visible(chat[turn]) for turn in turns]
+            regions = pairwise([*starts, len(text)])
+            spans = [self._found_span(text, answer, *region) for answer, region in zip(answers, regions, strict=True)]
+        # What a template writes behind the last answer is never predicted: generation has stopped there.
+        stop = spans[-1][1] if chat[-1]["role"] == "assistant" else len(text)
+        return _cut(text[:stop], starts, spans)
+
+    def _marked_span(self, text: str, start: int, end: int, starts: list[int]) -> tuple[int, int]:
+        """Move the ends of a marked span: from behind the prompt for it to behind the token that closes it."""
+        # The prompt for an answer is given when it is generated, also where the tags include it.
+        start = max([start, *(prompt for prompt in starts if start < prompt < end)])
+        closed = self.closed.match(text[:end], start) or self.closing.match(text, end)
+        if closed is None:
+            raise ConfigError(
+                "the tokenizer's chat template marks an answer with {% generation %} that no special token closes"
+            )
+        return start, closed.end()
+
+    def _found_span(self, text: str, answer: str, start: int, stop: int) -> tuple[int, int]:
+        """Find ``answer`` between ``start`` and ``stop``, and the token that closes it."""
+        place = text.find(answer, start, stop)
+        while place >= 0:
+            closed = self.closing.match(text, place + len(answer), stop)
+            if closed is not None:
+                return start, closed.end()
+            place = text.find(answer, place + 1, stop)
+        raise ConfigError(
+            "the tokenizer's chat template does not close an answer with a special token: "
+            "mark answers in it with {% generation %}"
+        )
 
 
 def _plain_segments(messages: Sequence[Message], eos: str) -> Iterator[Segment]:
@@ -94,39 +171,6 @@ def _preamble(messages: Sequence[Message]) -> str:
 def _with_input(message: Message) -> dict[str, str]:
     parts = [message["content"], *([message["input"]] if "input" in message else [])]
     return {"role": message["role"], "content": "\n\n".join(parts)}
-
-
-def closing_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of the special token that closes an answer.
-
-    Raises:
-        ConfigError: as for :func:`lay_out`.
-    """
-    probe: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = "".join(segment.text for segment in lay_out_messages(probe, tokenizer).segments)
-    found = re.search(rf"answer{_closing_pattern(tokenizer)}", text)
-    assert found is not None  # or laying out would have been refused
-    return found["closing"]
-
-
-def _template_segments(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    text, marked = _render(chat, tokenizer)
-    for message in chat:
-        # Some templates pass over roles they do not know, or content that is no list of images, in silence.
-        if _visible(message) not in text:
-            raise ConfigError(f'the tokenizer\'s chat template leaves out or changes a message of "{message["role"]}"')
-    turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
-    prompts = [_render(chat[:turn], tokenizer)[0] for turn in turns]
-    closing = _closing_pattern(tokenizer)
-    if marked:
-        starts = [len(prompt) for prompt in prompts if text.startswith(prompt)]
-        spans = list(_marked_spans(text, marked, starts, closing))
-    else:
-        starts = [_start_behind(prompt, text) for prompt in prompts]
-        spans = list(_found_spans([_visible(chat[turn]) for turn in turns], starts, text, closing))
-    # What a template writes behind the last answer is never predicted: generation has stopped there.
-    stop = spans[-1][1] if chat[-1]["role"] == "assistant" else len(text)
-    return _cut(text[:stop], starts, spans)
 
 
 def _cut(text: str, starts: list[int], spans: list[tuple[int, int]]) -> list[Segment]:
@@ -160,27 +204,6 @@ def _render(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> t
     return texts[0], spans[0] if spans else []
 
 
-def _closing_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return rf"\s*(?P<closing>{'|'.join(map(re.escape, sorted({*added, *tokenizer.all_special_tokens})))})"
-
-
-def _marked_spans(
-    text: str, marked: list[tuple[int, int]], starts: list[int], closing: str
-) -> Iterator[tuple[int, int]]:
-    """Yield the spans between generation tags, each from behind its prompt to behind the token that closes it."""
-    for start, end in _merged(marked):
-        # The prompt for an answer is given when it is generated, also where the tags include it.
-        start = max([start, *(prompt for prompt in starts if start < prompt < end)])
-        inside = re.compile(rf"(?s:.*){closing}(?=\s*\Z)").match(text[:end], start)
-        closed = inside or re.compile(closing).match(text, end)
-        if closed is None:
-            raise ConfigError(
-                "the tokenizer's chat template marks an answer with {% generation %} that no special token closes"
-            )
-        yield start, closed.end()
-
-
 def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join spans that touch: thoughts and the answer after them, or an answer and the token behind it."""
     merged: list[tuple[int, int]] = []
@@ -188,18 +211,6 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         touches = bool(merged) and merged[-1][1] == start
         merged[-1:] = [(merged[-1][0], end)] if touches else [*merged[-1:], (start, end)]
     return merged
-
-
-def _found_spans(answers: list[str], starts: list[int], text: str, closing: str) -> Iterator[tuple[int, int]]:
-    """Yield where each answer starts, and where the token that closes it ends."""
-    for place, (answer, (start, stop)) in enumerate(zip(answers, pairwise([*starts, len(text)]), strict=True)):
-        found = re.compile(re.escape(answer) + closing).search(text, start, stop)
-        if found is None:
-            raise ConfigError(
-                "the tokenizer's chat template does not close an answer with a special token "
-                f"(answer {place + 1} of {len(answers)}): mark answers in it with {{% generation %}}"
-            )
-        yield start, found.end()
 
 
 def _start_behind(prompt: str, text: str) -> int:

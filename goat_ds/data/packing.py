@@ -1,7 +1,7 @@
 """Fill sequences of ``max_length`` positions with whole records, as full as can be.
 
 A pack is a list of rows of the tokenised data set. One pack after the other is filled with the longest records that fit
-(first fit decreasing, which leaves long records no trouble for the end). Where that leaves a hole, the pack's last
+(which is first-fit decreasing: no long record is left over for the end). Where that leaves a hole, the pack's last
 records are exchanged for some that fit best, by a short search: with records of much the same length, as in many
 instruction sets, it fills up to six percent more. A longer search would fill the first packs better and the last ones
 worse.

@@ -22,7 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from goat_ds.data.formats import Dropped, DropReason, Message, Record, first_problems
-from goat_ds.data.layout import Layout, closing_token, lay_out, lay_out_messages
+from goat_ds.data.layout import Layout, Layouter
 from goat_ds.errors import ConfigError, raise_if_any
 
 IGNORE = -100
@@ -91,6 +91,7 @@ class Encoder:
     """Encodes layouts with one tokenizer, many at a time."""
 
     tokenizer: PreTrainedTokenizerBase
+    layouter: Layouter
     bos: list[int]
     """What the tokenizer itself puts before a text: usually BOS or nothing."""
     newline: list[int]
@@ -106,7 +107,7 @@ class Encoder:
             raise ConfigError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         bos = next(full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return cls(tokenizer, bos, tokenizer("\n", add_special_tokens=False)["input_ids"])
+        return cls(tokenizer, Layouter.of(tokenizer), bos, tokenizer("\n", add_special_tokens=False)["input_ids"])
 
     def encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         """Return the ids and labels of each layout."""
@@ -144,16 +145,17 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBa
         tokenizer: The one used in training, chat template included.
 
     Raises:
-        ConfigError: as for :func:`goat_ds.data.layout.lay_out`.
+        ConfigError: as for :meth:`goat_ds.data.layout.Layouter.record`.
     """
     messages: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return Encoder.of(tokenizer).encode([lay_out_messages(messages, tokenizer)])[0].input_ids
+    encoder = Encoder.of(tokenizer)
+    return encoder.encode([encoder.layouter.messages(messages)])[0].input_ids
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end an answer: EOS, and what closes a turn in the chat template if it is another token."""
-    closing = tokenizer.convert_tokens_to_ids(closing_token(tokenizer))
-    return sorted({int(tokenizer.eos_token_id), int(closing)})
+    closing = tokenizer(Layouter.of(tokenizer).closing_token(), add_special_tokens=False)["input_ids"][-1]
+    return sorted({tokenizer.eos_token_id, closing})
 
 
 def tokenise(
@@ -232,7 +234,7 @@ def _encoded(chunk: list[Record | Dropped], encoder: Encoder, counts: _Counts) -
             counts.drop(record.reason)
             continue
         try:
-            layouts.append(lay_out(record, encoder.tokenizer))
+            layouts.append(encoder.layouter.record(record))
             origins.append(record.origin)
         except ConfigError as error:
             counts.problems += [f"{record.origin}: {problem}" for problem in error.problems]
