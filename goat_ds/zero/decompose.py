@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,5 +200,6 @@ def _write(entry: Path, directions: Directions) -> None:
         temporary.write_bytes(content)
         temporary.replace(entry)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         tqdm.write(f"SVD cache: {entry} was not written ({error}); the next run decomposes this layer again")

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from goat_ds.errors import ConfigError
@@ -79,6 +79,8 @@ def load_base(model: str, *, precision: Precision, attention: Attention, engine_
         attention: Settled attention code.
         engine_config: The filled DeepSpeed config.
     """
+    # What an earlier engine of this process told transformers must not shard this base.
+    unset_hf_deepspeed_config()
     # transformers finds it through a weak reference, so it must live as long as the model.
     sharding = HfDeepSpeedConfig(engine_config) if ds_config.stage(engine_config) == 3 else None
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[precision], attn_implementation=str(attention))

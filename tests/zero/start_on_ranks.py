@@ -1,0 +1,74 @@
+"""Start an adapter on the ranks of a process group, watching what each rank holds; prints one JSON line a rank.
+
+python start_on_ranks.py STAGE CACHE OUTPUT
+"""
+
+import gc
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from goat_ds import GoatConfig, demo
+from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.preflight import engine_settings
+from goat_ds.tuner.model import named_experts
+from goat_ds.zero import decompose, ds_config, partition, ranks
+from goat_ds.zero import engine as engines
+from goat_ds.zero.engine import Attention
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    stage, cache, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    config = parse(["--ds_config", f"ds_configs/zero{stage}.json", "--precision", "fp32"])
+    processes = ranks_from_environment(config)
+    ranks.join(processes, timeout_minutes=5)
+    raw, _ = ds_config.read(f"ds_configs/zero{stage}.json")
+    filled = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    base = engines.load_base(
+        str(demo.base_path()), precision=config.precision, attention=Attention.SDPA, engine_config=filled
+    )
+    model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
+    held = watch_whole_weights()
+    report = decompose.start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=cache)
+    factors = {}
+    for item in named_experts(model, engines.ADAPTER_NAME):
+        with partition.gathered(item.experts.parameters()):
+            for name, parameter in item.experts.named_parameters():
+                factors[f"{item.path}.{name}"] = parameter.detach().clone()
+    save_file(factors, output / f"factors-{processes.world_rank}.safetensors")
+    told = report._asdict() | {"most_whole_weights": held["most"], "frozen": sorted(frozen_names(model))}
+    (output / f"report-{processes.world_rank}.json").write_text(json.dumps(told))
+    ranks.leave()
+
+
+def watch_whole_weights() -> dict[str, int]:
+    """Count how many whole weights this rank holds at once, and keep the largest count."""
+    alive: list[Any] = []
+    held = {"most": 0}
+    send = partition.whole_on
+
+    def counted(world_rank: int, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        whole = send(world_rank, parameter)
+        if whole is not None:
+            gc.collect()
+            alive.append(weakref.ref(whole.untyped_storage()))
+            alive[:] = [reference for reference in alive if reference() is not None]
+            held["most"] = max(held["most"], len(alive))
+        return whole
+
+    partition.whole_on = counted
+    return held
+
+
+def frozen_names(model: torch.nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, p in model.named_parameters() if "goat_" in name and not p.requires_grad}
+
+
+if __name__ == "__main__":
+    main()

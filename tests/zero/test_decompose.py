@@ -1,0 +1,146 @@
+"""Decompositions are shared out, cached by content, and the same on any ranks and stage."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from goat_ds import GoatConfig
+from goat_ds.method import spectrum
+from goat_ds.tuner.model import named_experts
+from goat_ds.zero import decompose
+from tests.launching import run_ranks
+from tests.models import causal_lm
+
+
+class Started(NamedTuple):
+    """What every rank reported, and the factors it sees."""
+
+    reports: list[dict[str, Any]]
+    factors: list[dict[str, Tensor]]
+
+
+def start(stage: int, *, world_size: int, cache: Path, output: Path) -> Started:
+    output.mkdir()
+    run_ranks(["tests/zero/start_on_ranks.py", str(stage), str(cache), str(output)], world_size=world_size)
+    return Started(
+        [json.loads((output / f"report-{rank}.json").read_text()) for rank in range(world_size)],
+        [load_file(output / f"factors-{rank}.safetensors") for rank in range(world_size)],
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="module")
+def sharded(root: Path) -> Started:
+    """ZeRO-3 on two ranks, nothing cached."""
+    return start(3, world_size=2, cache=root / "cold", output=root / "sharded")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Started:
+    """ZeRO-1 on one process, with a cache of its own."""
+    return start(1, world_size=1, cache=root / "other", output=root / "whole")
+
+
+@pytest.mark.slow
+def test_each_rank_decomposes_about_half_and_never_holds_two_whole_weights(sharded: Started) -> None:
+    for report in sharded.reports:
+        assert 0.4 <= report["cost_share"] <= 0.6
+        assert report["most_whole_weights"] == 1
+        assert report["num_cached"] == 0
+    assert sum(report["cost_share"] for report in sharded.reports) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_factors_are_the_same_on_every_rank_and_those_of_one_process(sharded: Started, whole: Started) -> None:
+    expected = whole.factors[0]
+    for factors in sharded.factors:
+        assert factors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in factors.items())
+
+
+@pytest.mark.slow
+def test_a_relaunch_on_other_ranks_and_stage_decomposes_nothing(root: Path, sharded: Started) -> None:
+    again = start(2, world_size=1, cache=root / "cold", output=root / "again")
+    assert again.reports[0]["num_cached"] == again.reports[0]["num_layers"] == sharded.reports[0]["num_layers"]
+    assert all(torch.equal(tensor, sharded.factors[0][name]) for name, tensor in again.factors[0].items())
+
+
+@pytest.mark.slow
+def test_the_start_stays_frozen_in_shards(sharded: Started) -> None:
+    assert sharded.reports[0]["frozen"] == ["A0", "B0"]
+
+
+def one_layer() -> tuple[Tensor, Any]:
+    model = get_peft_model(causal_lm(), GoatConfig(r=8, num_experts=4, deferred=True, target_modules=["q_proj"]))
+    item = next(iter(named_experts(model, "default")))
+    return item.layer.weight_OI(), item.experts
+
+
+def test_directions_from_the_cache_are_those_that_were_computed(tmp_path: Path, monkeypatch: Any) -> None:
+    weight, experts = one_layer()
+    computed, was_cached = decompose.directions_of(weight, experts, cache=tmp_path)
+    assert not was_cached
+
+    def never(*_: Any) -> spectrum.Directions:
+        raise AssertionError("decomposed although cached")
+
+    monkeypatch.setattr(decompose, "decompose", never)
+    cached, was_cached = decompose.directions_of(weight, experts, cache=tmp_path)
+    assert was_cached
+    assert all(torch.equal(a, b) for a, b in zip(computed, cached, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path: Path, capsys: Any) -> None:
+    weight, experts = one_layer()
+    computed, _ = decompose.directions_of(weight, experts, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    content = bytearray(entry.read_bytes())
+    content[-5] ^= 1
+    entry.write_bytes({"truncated": content[:-9], "flipped": content, "empty": b""}[damage])
+    again, was_cached = decompose.directions_of(weight, experts, cache=tmp_path)
+    assert not was_cached
+    assert "is damaged" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(computed, again, strict=True))
+    assert decompose.directions_of(weight, experts, cache=tmp_path)[1]
+
+
+def test_another_weight_or_start_is_another_entry(tmp_path: Path) -> None:
+    weight, experts = one_layer()
+    decompose.directions_of(weight, experts, cache=tmp_path)
+    assert not decompose.directions_of(weight + 1e-6, experts, cache=tmp_path)[1]
+    experts.config.init = spectrum.Start.PISSA
+    assert not decompose.directions_of(weight, experts, cache=tmp_path)[1]
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path, capsys: Any) -> None:
+    weight, experts = one_layer()
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    directions, _ = decompose.directions_of(weight, experts, cache=in_the_way)
+    assert "was not written" in capsys.readouterr().out
+    assert directions.s_R.numel() == 8
+
+
+def test_waves_give_a_rank_one_layer_at_a_time_and_balance_the_cost() -> None:
+    model = get_peft_model(causal_lm(), GoatConfig(r=8, num_experts=4, deferred=True))
+    items = list(named_experts(model, "default"))
+    done = [0.0, 0.0, 0.0]
+    seen = []
+    for wave in decompose.waves(items, world_size=3):
+        assert len({rank for _, rank in wave}) == len(wave)
+        for item, rank in wave:
+            done[rank] += decompose._cost(item)
+            seen.append(item.path)
+    assert sorted(seen) == sorted(item.path for item in items)
+    assert max(done) < 1.5 * min(done)
