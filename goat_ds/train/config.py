@@ -203,9 +203,9 @@ class _Parser(HfArgumentParser):
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     """Give the value of a flag without parsing the others."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for place, argument in enumerate(arguments):
         if argument == f"--{name}":
-            value = following
+            value = arguments[place + 1] if place + 1 < len(arguments) else None
         elif argument.startswith(f"--{name}="):
             value = argument.partition("=")[2]
     return value

@@ -1,0 +1,130 @@
+"""How long does starting an adapter on two ranks take, against every rank decomposing every weight?
+
+    python benchmarks/startup.py [--layers 6] [--repeats 3]
+
+Both run under ZeRO-3 in the same two processes, one thread each, in turn. The rival is what PEFT does for an SVD start:
+gather each weight on every rank and call ``torch.linalg.svd`` on it. Shapes are those of Gemma-3-270M.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from goat_ds import GoatConfig
+from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.preflight import engine_settings
+from goat_ds.tuner.model import named_experts
+from goat_ds.zero import ds_config, partition, ranks
+from goat_ds.zero import engine as engines
+from goat_ds.zero.decompose import start_adapter
+
+TARGETS = {"cold": 0.45, "cached": 0.05}
+
+
+def main() -> None:
+    """Start the two ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers of the base")
+    parser.add_argument("--repeats", type=int, default=3, help="alternating repetitions")
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.base:
+        measure(arguments.base, repeats=arguments.repeats)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(Path(folder), num_layers=arguments.layers)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, __file__, "--base", folder, "--repeats", str(arguments.repeats)]
+        subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+
+
+def write_base(folder: Path, *, num_layers: int) -> None:
+    """Write a base with the layer shapes of Gemma-3-270M and a spectrum that decays."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(torch.linspace(1, 0.05, module.in_features))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def measure(base_folder: Path, *, repeats: int) -> None:
+    """Time both ways on this rank, in turn, and print the ratios."""
+    torch.set_num_threads(1)
+    config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
+    processes = ranks_from_environment(config)
+    ranks.join(processes, timeout_minutes=30)
+    raw, _ = ds_config.read(str(config.ds_config))
+    filled = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    base = engines.load_base(
+        str(base_folder), precision=config.precision, attention=engines.Attention.SDPA, engine_config=filled
+    )
+    model = engines.attach_experts(base, GoatConfig(), engine_config=filled)
+    cache = base_folder / "svd"
+    seconds: dict[str, list[float]] = {"every rank, torch.linalg.svd": [], "shared, cold": [], "shared, cached": []}
+
+    def start() -> None:
+        start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=cache)
+
+    for _ in range(repeats):
+        seconds["every rank, torch.linalg.svd"].append(timed(lambda: decompose_everything(model)))
+        if processes.is_first:
+            shutil.rmtree(cache, ignore_errors=True)
+        seconds["shared, cold"].append(timed(start))
+        seconds["shared, cached"].append(timed(start))
+    if processes.is_first:
+        report(seconds)
+    ranks.leave()
+
+
+def decompose_everything(model: Any) -> None:
+    """Do on this rank what an SVD start without sharing does on each."""
+    for item in named_experts(model, engines.ADAPTER_NAME):
+        weight = item.layer.get_base_layer().weight
+        with partition.gathered([weight]):
+            torch.linalg.svd(weight.detach().float(), full_matrices=False)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Give the seconds until the slower rank is done."""
+    torch.distributed.barrier()
+    began = time.monotonic()
+    work()
+    return ranks.max_over_ranks(time.monotonic() - began)
+
+
+def report(seconds: dict[str, list[float]]) -> None:
+    """Print medians, spread and ratios."""
+    rival = statistics.median(seconds["every rank, torch.linalg.svd"])
+    print(f"{'':32}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}{'target':>8}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        target = TARGETS.get(name.rpartition(" ")[2])
+        shown = f"{target:.2f}" if target else ""
+        print(f"{name:32}{median:10.3f}{min(values):8.3f}{max(values):8.3f}{median / rival:8.3f}{shown:>8}")
+
+
+if __name__ == "__main__":
+    main()

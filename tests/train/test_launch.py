@@ -1,0 +1,193 @@
+"""The command a user types: what it refuses, what it leaves, how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from goat_ds import demo
+from tests.launching import REPOSITORY, cpu_environment, free_port, losses_of, metrics_of
+
+TRAIN = ["launch/train.py", "--ds_config", "ds_configs/zero3.json"]
+SHORT = ["--max_steps", "4", "--max_length", "64", "--r", "8", "--num_experts", "4", "--precision", "fp32"]
+
+
+def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def caches(tmp_path: Path) -> list[str]:
+    return ["--svd_cache", str(tmp_path / "svd"), "--token_cache", str(tmp_path / "tokens")]
+
+
+@pytest.mark.slow
+def test_everything_wrong_is_told_at_once_before_a_weight_is_read(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": \n')
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text('{"colour": "red"}\n')
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "metrics.jsonl").write_text("")
+    # A base without weights: reading any would fail with another message.
+    base = tmp_path / "base"
+    shutil.copytree(demo.base_path(), base, ignore=shutil.ignore_patterns("*.safetensors"))
+    done = launch(
+        *TRAIN,
+        *("--model", str(base), "--data", str(bad), "--data", str(unknown), "--data", str(tmp_path / "no.jsonl")),
+        *("--output_dir", str(taken), "--target_modules", "q_porj", "--attn", "flash_attention_2"),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for words in (
+        "bad.jsonl line 2",
+        "unknown.jsonl line 1",
+        "no.jsonl",
+        f"output_dir ({taken}) is not empty",
+        "target_modules (q_porj) matches no layer; linear layers are:",
+        "attn (flash_attention_2) needs a CUDA device",
+    ):
+        assert words in done.stderr, words
+
+
+@pytest.mark.slow
+def test_a_layer_too_small_for_its_experts_is_refused_before_weights(tmp_path: Path) -> None:
+    done = launch(*TRAIN, *caches(tmp_path), "--output_dir", str(tmp_path / "run"), "--r", "512", "--num_experts", "8")
+    assert done.returncode == 2
+    too_small = r"k_proj: \d+ x \d+ has segments of \d+ directions \(num_experts 8\), fewer than r / num_experts \(64\)"
+    assert re.search(too_small, done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_no_label_left_after_truncation_is_refused_on_every_rank(tmp_path: Path) -> None:
+    done = deepspeed_launch(*TRAIN, *caches(tmp_path), "--output_dir", str(tmp_path / "run"), "--max_length", "3")
+    assert done.returncode != 0
+    assert "no label token left" in done.stderr + done.stdout
+
+
+def deepspeed_launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    return subprocess.run(
+        [*launcher, "--master_port", str(free_port()), *arguments],
+        env=cpu_environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of the demo under the deepspeed launcher; give its folder."""
+    root = tmp_path_factory.mktemp("launch")
+    done = deepspeed_launch(
+        *TRAIN, *SHORT, *caches(root), "--output_dir", str(root / "run"), "--save_steps", "2", "--eval_steps", "2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "run"
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_leaves_metrics_and_checkpoints(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint-2", "checkpoint-4", "metrics.jsonl", "routers.jsonl",
+    ]  # fmt: skip
+    assert len(losses_of(run)) == 4
+    assert [line["step"] for line in metrics_of(run) if "eval_loss" in line] == [2, 4]
+    (routers,) = [json.loads(line) for line in (run / "routers.jsonl").read_text().splitlines()]
+    for layer in routers["layers"].values():
+        assert sum(layer["load"]) == pytest.approx(1, abs=1e-3)
+        assert 0 < layer["entropy"] <= torch.tensor(4.0).log().item() + 1e-6
+
+
+@pytest.mark.slow
+def test_torchrun_and_plain_python_run_the_same_program(run: Path, tmp_path: Path) -> None:
+    same = [*TRAIN, *SHORT, *caches(run.parent), "--output_dir"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = launch(*torchrun, *same, str(tmp_path / "torchrun"))
+    assert done.returncode == 0, done.stderr
+    done = launch(*same, str(tmp_path / "python"), "--grad_accum_steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "torchrun") == pytest.approx(losses_of(run), abs=1e-6)
+    assert losses_of(tmp_path / "python") == pytest.approx(losses_of(run), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(demo.base_path(), base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model", str(base), "--data", str(demo.train_data()), "--output_dir", str(tmp_path / "run")]
+    done = launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
+    assert done.returncode == 1
+    assert "the loss of step 1 is nan" in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_all_ranks_within_thirty_seconds(tmp_path: Path) -> None:
+    long_run = ["--max_steps", "100000", "--output_dir", str(tmp_path / "run"), *caches(tmp_path)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    process = subprocess.Popen(
+        [*launcher, "--master_port", str(free_port()), *TRAIN, *SHORT[2:], *long_run],
+        env=cpu_environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
+        victim = rank_processes(process.pid)[1]
+        os.kill(victim, signal.SIGKILL)
+        died = time.monotonic()
+        process.communicate(timeout=30)
+        assert process.returncode != 0
+        assert time.monotonic() - died < 30
+        assert not rank_processes(process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(condition: object, process: subprocess.Popen[str], *, seconds: float = 240) -> None:
+    began = time.monotonic()
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - began < seconds
+        time.sleep(0.5)
+
+
+def rank_processes(session: int) -> list[int]:
+    """List the processes of a session that run ``launch/train.py --local_rank``, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            in_session = entry.name.isdigit() and os.getsid(int(entry.name)) == session
+        except (OSError, ValueError):
+            # It ended while being looked at, or is no process.
+            continue
+        ranks = [word for word in words if word.startswith(b"--local_rank=")]
+        if in_session and ranks and b"launch/train.py" in words and b"deepspeed.launcher.launch" not in words:
+            found[ranks[0]] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
