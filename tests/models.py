@@ -11,6 +11,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 COMMON = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -41,6 +45,21 @@ def causal_lm(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.
     torch.manual_seed(seed)
     config = CAUSAL_LMS[name].__class__.from_dict(CAUSAL_LMS[name].to_dict())
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def sequence_classifier(*, seed: int = 0) -> PreTrainedModel:
+    """Build an encoder with a classification head over three labels."""
+    torch.manual_seed(seed)
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return RobertaForSequenceClassification(RobertaConfig(**COMMON, **encoder, **no_dropout, num_labels=3))
+
+
+def image_classifier(*, seed: int = 0) -> PreTrainedModel:
+    """Build a vision transformer over 16 x 16 pixels and three labels."""
+    torch.manual_seed(seed)
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(**encoder, image_size=16, patch_size=8, num_labels=3))
 
 
 def token_ids(*shape: int, seed: int = 0) -> torch.Tensor:

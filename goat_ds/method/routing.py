@@ -49,18 +49,20 @@ class BalanceSignal:
         loads: The routers' loads of the current forward, by layer name.
         balance: ``coef * L_b`` of every router of the current forward, detached, by layer name.
         upstream: Gradient that arrived at the total loss: 1, the loss scale, 1 / accumulation steps ...
+        is_told: Whether that loss itself brought it, so that nothing need be read from log-probabilities.
     """
 
     mask: Tensor | None = None
     loads: dict[str, RouterLoad] = field(default_factory=dict)
     balance: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | float | None = None
+    is_told: bool = False
 
     def begin_forward(self, mask: Tensor | None) -> None:
         """Forget the last micro-batch; ``mask`` says which tokens of the new one are real."""
         self.mask = mask
         self.loads, self.balance = {}, {}
-        self.upstream = None
+        self.upstream, self.is_told = None, False
 
     def record(self, name: str, load: RouterLoad, *, coef: float) -> None:
         """Keep a router's load; a layer recomputed under checkpointing records the same once more."""
@@ -79,17 +81,12 @@ class BalanceSignal:
             return None
         return self.mask.reshape(-1)
 
-    def take_upstream(self) -> Tensor | float:
-        """Give the factor for the routers' balance gradient; 0 with a warning when no loss carried it."""
+    def take_upstream(self, *, like: Tensor) -> Tensor:
+        """Give the factor for a router's balance gradient, where ``like`` is; 0 with a warning when no loss has it."""
         if self.upstream is None:
-            warnings.warn(
-                "the balance loss does not reach the gradient: the loss was computed outside of the model. "
-                "Pass labels to the model, or wrap your loss: loss = goat_ds.with_balance_loss(model, loss)",
-                BalanceWarning,
-                stacklevel=2,
-            )
+            _warn("nothing told it of the routers")
             self.upstream = 0.0
-        return self.upstream
+        return torch.as_tensor(self.upstream, device=like.device, dtype=like.dtype)
 
 
 def top_k_gates(logits_TE: Tensor, *, top_k: int) -> Gates:
@@ -100,8 +97,9 @@ def top_k_gates(logits_TE: Tensor, *, top_k: int) -> Gates:
         top_k: ``k``, at most ``E``.
     """
     probs_TE = torch.softmax(logits_TE, dim=-1)
-    top_TK, index_TK = probs_TE.topk(top_k, dim=-1)
-    gates_TE = torch.zeros_like(probs_TE).scatter(-1, index_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
+    # Logits that differ can round to equal probabilities. The kept probabilities, renormalised, are a softmax again.
+    top_TK, index_TK = logits_TE.topk(top_k, dim=-1)
+    gates_TE = torch.zeros_like(probs_TE).scatter(-1, index_TK, torch.softmax(top_TK, dim=-1))
     kept_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, index_TK, True)
     return Gates(gates_TE, probs_TE, kept_TE)
 
@@ -123,23 +121,26 @@ def real_token_weights(probs_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     """Give ``1/T`` for every real token and 0 for padding ``[T]``; all zero when nothing is real."""
     if mask_T is None:
         return probs_TE.new_full((probs_TE.shape[0],), 1 / max(probs_TE.shape[0], 1))
-    real_T = mask_T.to(probs_TE.dtype)
+    real_T = mask_T.to(probs_TE)
     return real_T / real_T.sum().clamp_min(1)
 
 
-def logits_gradient(gates: Gates, *, gates_grad_TE: Tensor, balance_grad_TE: Tensor | None) -> Tensor:
+def logits_gradient(
+    gates_TE: Tensor, probs_TE: Tensor, *, grad_gates_TE: Tensor, grad_probs_TE: Tensor | None
+) -> Tensor:
     """Turn gradients of the gates and of the probabilities into that of the logits ``[T, E]``.
 
     Renormalised top-k of a softmax is the softmax over the kept logits, so both are softmax backwards.
 
     Args:
-        gates: What ``top_k_gates`` returned.
-        gates_grad_TE: Gradient of the gates.
-        balance_grad_TE: Gradient of the probabilities that the balance loss adds, if any.
+        gates_TE: As ``top_k_gates`` returned them.
+        probs_TE: As ``top_k_gates`` returned them.
+        grad_gates_TE: Gradient of the gates.
+        grad_probs_TE: Gradient of the probabilities that the balance loss adds, if any.
     """
-    grad_TE = _softmax_backward(gates.gates_TE, gates_grad_TE)
-    if balance_grad_TE is not None:
-        grad_TE = grad_TE + _softmax_backward(gates.probs_TE, balance_grad_TE)
+    grad_TE = _softmax_backward(gates_TE, grad_gates_TE)
+    if grad_probs_TE is not None:
+        grad_TE = grad_TE + _softmax_backward(probs_TE, grad_probs_TE)
     return grad_TE
 
 
@@ -149,20 +150,44 @@ def _softmax_backward(output_TE: Tensor, grad_TE: Tensor) -> Tensor:
 
 
 class _CarryBalance(torch.autograd.Function):
-    """Add the balance loss to what the loss is made of, and tell the routers what gradient arrived.
+    """Add the balance loss to the loss, and tell the routers what gradient arrived.
 
     Every router's backward depends on this one's output, so the signal is always set before it is read.
     """
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, added: Tensor, signal: BalanceSignal, factor: Tensor | float) -> Tensor:
-        ctx.signal, ctx.factor = signal, factor
-        return carrier + added
+    def forward(ctx: Any, loss: Tensor, added: Tensor, signal: BalanceSignal, weight: Tensor | float) -> Tensor:
+        ctx.signal, ctx.weight = signal, weight
+        return loss + added
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.signal.upstream = grads[0].sum() * ctx.factor
+        ctx.signal.upstream, ctx.signal.is_told = grads[0].sum() * ctx.weight, True
         return grads[0], None, None, None
+
+
+class _CarryByLogProbs(torch.autograd.Function):
+    """Pass log-probabilities on, and tell the routers what share of the whole batch their gradients add up to."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, signal: BalanceSignal, label_mask: Tensor | None) -> Tensor:
+        ctx.signal, ctx.label_mask = signal, label_mask
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.signal.is_told:
+            return grads[0], None, None
+        # Positions without a label have the log-probability 0, and are summed with the others.
+        labelled = grads[0] if ctx.label_mask is None else grads[0] * ctx.label_mask
+        if (labelled > 0).any():
+            # A preference or a policy loss pushes some down: what they add up to says nothing of the batch, and
+            # may be negative, which would unbalance the routers.
+            _warn("its gradients of the log-probabilities have both signs, so it is no likelihood")
+            ctx.signal.upstream = 0.0
+        else:
+            ctx.signal.upstream = -labelled.sum()
+        return grads[0], None, None
 
 
 def carry_balance(loss: Tensor, balance: Tensor, signal: BalanceSignal, *, weight: Tensor | float = 1.0) -> Tensor:
@@ -177,10 +202,25 @@ def carry_balance(loss: Tensor, balance: Tensor, signal: BalanceSignal, *, weigh
     return _CarryBalance.apply(loss, (weight * balance).to(loss.dtype), signal, weight)
 
 
-def carry_balance_by_log_probs(log_probs: Tensor, signal: BalanceSignal) -> Tensor:
+def carry_balance_by_log_probs(log_probs: Tensor, signal: BalanceSignal, *, label_mask: Tensor | None = None) -> Tensor:
     """Give ``log_probs`` unchanged; its backward trains the routers as if the loss were their negative mean.
 
     A trainer that takes its loss from log-probabilities sends ``-weight`` to each, so that minus their sum is the
-    share of this micro-batch in the loss of the whole batch.
+    share of this micro-batch in the loss of the whole batch. Where some gradients are above zero the loss is none of
+    that kind, and a ``BalanceWarning`` says that the balance loss is left out.
+
+    Args:
+        log_probs: One for each position of the micro-batch.
+        signal: The model's signal.
+        label_mask: Which positions have a label, in the shape of ``log_probs``; None when all have.
     """
-    return _CarryBalance.apply(log_probs, log_probs.new_zeros(()), signal, -1.0)
+    return _CarryByLogProbs.apply(log_probs, signal, label_mask)
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"the balance loss does not reach the gradient: the loss was computed outside of the model, and {reason}. "
+        "Pass labels to the model, or wrap your loss: loss = goat_ds.with_balance_loss(model, loss)",
+        BalanceWarning,
+        stacklevel=3,
+    )

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from goat_ds.errors import ConfigError
+
 
 class Scaling(StrEnum):
     """Which formula gives ``s``."""
@@ -49,6 +51,14 @@ def adaptive_scales(scale: float, singular_values_ED: Tensor) -> Tensor:
 
     Returns:
         ``[E]``, in the dtype of ``singular_values_ED``; the first entry is ``scale``.
+
+    Raises:
+        ConfigError: an expert's singular values are all zero, so its scale would be infinite.
     """
     sums_E = singular_values_ED.sum(dim=1)
+    if empty := (sums_E <= 0).nonzero().flatten().tolist():
+        raise ConfigError(
+            f"adaptive_scale divides by the singular values of each expert, and those of expert {empty[0]} are all "
+            "zero: the weight has too low a rank; set adaptive_scale=False, or put the layer in exclude_modules"
+        )
     return scale * (sums_E[0] / sums_E).sqrt()

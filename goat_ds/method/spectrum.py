@@ -119,7 +119,8 @@ def decompose(weight_OI: Tensor, indices_ED: Tensor) -> Directions:
     # eigh ascends, the spectrum descends.
     chosen_R = len(eigenvalues_Q) - 1 - indices_R
     s_R = eigenvalues_Q[chosen_R].clamp_min(0).sqrt()
-    if s_R.min() < 1e-6 * eigenvalues_Q[-1].clamp_min(0).sqrt():
+    # Not "<": of a weight that is all zero, everything is 0, and the division below would give nan.
+    if s_R.min() <= 1e-6 * eigenvalues_Q[-1].clamp_min(0).sqrt():
         return _decompose_by_svd(weight_64, indices_R)
     near_QR = vectors_QQ[:, chosen_R]
     far_RL = (near_QR.T @ side_QL) / s_R[:, None]

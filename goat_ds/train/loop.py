@@ -67,8 +67,9 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
             engine.backward(loss.total)
             lr = engine.get_lr()[0]
             engine.step()
-        totals = metrics.finish_step(step, num_label_tokens=batch.num_label_tokens)
-        grad_norm = finite_grad_norm(engine, step, config.precision)
+        totals = metrics.finish_step(num_label_tokens=batch.num_label_tokens)
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        stop_unless_finite(step, loss=totals.loss, grad_norm=grad_norm, precision=config.precision, saved=saved)
         last = step == num_steps
         if due(step, config.log_steps, last):
             metrics.record(
@@ -172,16 +173,18 @@ def evaluate(engine: Any, heldout: Tokens, config: TrainConfig, processes: Ranks
     return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)
 
 
-def finite_grad_norm(engine: Any, step: int, precision: Precision) -> float:
-    """Give the gradient's norm before clipping.
+def stop_unless_finite(step: int, *, loss: float, grad_norm: float, precision: Precision, saved: Path | None) -> None:
+    """Stop before weights that are no numbers can be saved; every rank sees the same values.
 
     Raises:
-        TrainingError: it is not finite, and no loss scaler has skipped the step.
+        TrainingError: the loss is not finite, or the gradient is not and no loss scaler has skipped the step.
     """
-    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    wrong = [f"the loss of step {step} is {loss}"] if not math.isfinite(loss) else []
     if precision is not Precision.FP16 and not math.isfinite(grad_norm):
-        raise TrainingError(f"the gradient norm of step {step} is {grad_norm}")
-    return grad_norm
+        wrong.append(f"the gradient norm of step {step} is {grad_norm}")
+    if wrong:
+        kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was due before it"
+        raise TrainingError(f"{' and '.join(wrong)}; {kept}")
 
 
 def due(step: int, every: int, last: bool) -> bool:

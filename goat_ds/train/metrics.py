@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from goat_ds.data import MicroBatch
-from goat_ds.errors import TrainingError
 from goat_ds.method.routing import RouterLoad
 from goat_ds.train.objective import StepLoss
 from goat_ds.zero import ranks
@@ -51,12 +50,8 @@ class Metrics:
             row = torch.cat([load.share_E, load.entropy[None], load.balance_loss[None]]).double() * real
             self._routers[name] = self._routers[name] + row if name in self._routers else row
 
-    def finish_step(self, step: int, *, num_label_tokens: int) -> "StepTotals":
-        """Add a step up over all ranks. A collective.
-
-        Raises:
-            TrainingError: the loss is not finite; the same on every rank.
-        """
+    def finish_step(self, *, num_label_tokens: int) -> "StepTotals":
+        """Add a step up over all ranks. A collective."""
         assert self._sums is not None
         routers_NE = torch.stack(list(self._routers.values())) if self._routers else self._sums.new_zeros(0, 2)
         totals = ranks.sum_over_ranks(torch.cat([self._sums, routers_NE.flatten()]))
@@ -70,8 +65,6 @@ class Metrics:
         self._tokens += int(num_tokens)
         self._tokens_since += int(num_tokens)
         self._begin_step()
-        if not math.isfinite(result.loss):
-            raise TrainingError(f"the loss of step {step} is {result.loss}")
         return result
 
     def record(self, step: int, totals: "StepTotals", *, lr: float, grad_norm: float, routers_too: bool) -> None:

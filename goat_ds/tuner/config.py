@@ -93,6 +93,9 @@ class GoatConfig(PeftConfig):
         for name, values in (("init", Start), ("scaling", Scaling), ("residual", Residual)):
             if getattr(self, name) not in list(values):
                 yield f"{name} ({getattr(self, name)}) must be one of {', '.join(values)}"
+        if not_numbers := list(self._not_numbers()):
+            yield from not_numbers
+            return
         for name in ("r", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be at least 1"
@@ -103,7 +106,7 @@ class GoatConfig(PeftConfig):
         for name in ("eta", "lora_alpha", "rho"):
             if not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be above 0"
-        if self.balance_coef < 0:
+        if not self.balance_coef >= 0:
             yield f"balance_coef ({self.balance_coef}) must be at least 0"
         if not 0 <= self.dropout < 1:
             yield f"dropout ({self.dropout}) must be in [0, 1)"
@@ -111,6 +114,17 @@ class GoatConfig(PeftConfig):
             yield "adaptive_scale needs a start with singular values, and init is zero"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern is set and layers_to_transform is not"
+        is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_pattern and self.layers_to_transform is not None:
+            yield "layers_to_transform does nothing beside a regular expression in target_modules; write it there"
+
+    def _not_numbers(self) -> Iterator[str]:
+        for name in ("r", "num_experts", "top_k"):
+            if type(getattr(self, name)) is not int:
+                yield f"{name} ({getattr(self, name)!r}) must be a whole number"
+        for name in ("eta", "lora_alpha", "rho", "balance_coef", "dropout"):
+            if type(getattr(self, name)) not in (int, float):
+                yield f"{name} ({getattr(self, name)!r}) must be a number"
 
     @property
     def expert_rank(self) -> int:

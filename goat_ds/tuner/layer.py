@@ -41,7 +41,9 @@ class GoatExperts(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.ready = False
         self.folded = False
-        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        # A quantised base stores integers, which no factor can be.
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        place: dict[str, Any] = {"device": like.device, "dtype": dtype}
         r, num_experts = config.r, config.num_experts
         self.A = nn.Parameter(torch.empty(r, in_features, **place))
         self.B = nn.Parameter(torch.empty(out_features, r, **place))
@@ -116,8 +118,10 @@ class GoatExperts(nn.Module):
             scale_R = self.s.to(wide).repeat_interleave(self.config.expert_rank)
         return (self.B0.to(wide) * (scale_R / self.config.num_experts)) @ self.A0.to(wide)
 
-    def forward(self, x_TI: Tensor, base_TO: Tensor) -> Tensor:
-        """Give the base's output plus this adapter's ``[T, O]``."""
+    def forward(self, x: Tensor, base: Tensor, *, is_active: bool = True) -> Tensor:
+        """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back."""
+        if not is_active:
+            return base + self._start_of(x) if self.folded else base
         if not self.ready:
             raise ConfigError(
                 f"the GOAT adapter of {self.name} is empty: its config is deferred, and neither an adapter file nor "
@@ -132,19 +136,23 @@ class GoatExperts(nn.Module):
             router_EI=self.router,
             scale_E=self.s,
         )
+        settings = self._settings()
         # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
-        with torch.autocast(device_type=x_TI.device.type, enabled=False):
-            output = mixture(
-                x_TI.to(base_TO.dtype),
-                base_TO,
-                factors,
-                self._settings(),
-                signal=self.signal,
-                dropout_mask_TI=self._dropout_mask(x_TI),
-            )
+        x = x.to(base.dtype)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            output = mixture(x, base, factors, settings, signal=self.signal, dropout_mask=self._dropout_mask(x))
         if output.load is not None:
-            self.signal.record(self.name, output.load, coef=self.config.balance_coef)
-        return output.y_TO
+            self.signal.record(self.name, output.load, coef=self._balance_coef())
+        return output.y
+
+    def _start_of(self, x: Tensor) -> Tensor:
+        """Give ``W_res x``."""
+        assert self.A0 is not None and self.B0 is not None
+        scale_R: Tensor | float = self.scale
+        if self.s is not None:
+            scale_R = self.s.to(x.dtype).repeat_interleave(self.config.expert_rank)
+        h = nn.functional.linear(x, self.A0.to(x.dtype)) * (scale_R / self.config.num_experts)
+        return nn.functional.linear(h, self.B0.to(h.dtype))
 
     def _settings(self) -> MixtureSettings:
         config = self.config
@@ -152,15 +160,20 @@ class GoatExperts(nn.Module):
             num_experts=config.num_experts,
             top_k=config.top_k,
             scale=self.scale,
-            # A frozen or evaluated router has no balance to train.
-            balance_coef=config.balance_coef if self.training else 0.0,
+            balance_coef=self._balance_coef() if self.training else 0.0,
+            dropout=config.dropout,
         )
 
-    def _dropout_mask(self, x_TI: Tensor) -> Tensor | None:
+    def _balance_coef(self) -> float:
+        # A frozen router has no balance to train, and its loss would train the layers before it.
+        is_frozen = self.training and self.router is not None and not self.router.requires_grad
+        return 0.0 if is_frozen else self.config.balance_coef
+
+    def _dropout_mask(self, x: Tensor) -> Tensor | None:
         p = self.config.dropout
         if not (self.training and p):
             return None
-        return torch.empty_like(x_TI).bernoulli_(1 - p).div_(1 - p)
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -254,18 +267,10 @@ class GoatLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Give the base's output plus that of every active adapter."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        folded = [experts for experts in self._experts().values() if experts.folded]
-        active = [self._experts()[name] for name in self.active_adapters if name in self.goat_experts]
-        if self.disable_adapters:
-            active = []
-        elif active:
-            x_TI, y_TO = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
-            for experts in active:
-                y_TO = experts(x_TI, y_TO)
-            result = y_TO.reshape(result.shape)
-        for experts in folded:
-            if experts not in active:
-                result = result + nn.functional.linear(x, experts.residual_OI().to(x.dtype))  # type: ignore[union-attr]
+        active = [] if self.disable_adapters else self.active_adapters
+        for name, experts in self._experts().items():
+            if name in active or experts.folded:
+                result = experts(x, result, is_active=name in active)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -286,8 +291,13 @@ class GoatLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Runs before the experts' own loading, while the start that was folded is still known.
-        for name in self.goat_experts:
-            if f"{prefix}goat_experts.{name}.A0" in state_dict:
+        for name, experts in self._experts().items():
+            if f"{prefix}goat_experts.{name}.A0" not in state_dict:
+                continue
+            if f"{prefix}base_layer.weight" in state_dict:
+                # The state of a whole model holds the base as it was: folded already.
+                experts.folded = experts.config.residual is Residual.FOLD
+            else:
                 self.unfold(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -298,6 +308,14 @@ class GoatLayer(nn.Module, BaseTunerLayer):
                 parameter = getattr(experts, name)
                 if parameter is not None:
                     parameter.requires_grad_(False)
+
+
+class GoatLinear(GoatLayer):
+    """What is put in a model's place of a linear layer.
+
+    PEFT counts an adapted layer among those of ``target_modules="all-linear"`` by ``Linear`` in the name of its class;
+    a second adapter on the same base would match nothing otherwise.
+    """
 
 
 def _fold_what_was_loaded(layer: GoatLayer, _: Any) -> None:

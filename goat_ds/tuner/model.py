@@ -1,20 +1,23 @@
 """GOAT on a whole model: which layers, their start, and the balance loss on its way to the routers."""
 
+import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, MergeError, raise_if_any
 from goat_ds.method.routing import BalanceSignal, carry_balance, carry_balance_by_log_probs
 from goat_ds.method.spectrum import segment_problem
 from goat_ds.tuner.config import Residual
-from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer
+from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer, GoatLinear
 
 PREFIX = "goat_"
 
@@ -40,6 +43,14 @@ class GoatModel(BaseTuner):
     peft_config: dict[str, Any]
     # The balance signal belongs to the whole model, so layers alone (inject_adapter_in_model) would not train it.
     uses_shared_state = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # On the base and not in this forward, which PEFT goes around where a config names no task.
+        self._hooks = (
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+        )
 
     @property
     def signal(self) -> BalanceSignal:
@@ -69,9 +80,18 @@ class GoatModel(BaseTuner):
             raise ConfigError(
                 f"target_modules ({shown}) matches no layer; linear layers are: {', '.join(names)}"
             ) from None
+        if self._misfits:
+            self._take_back(adapter_name)
         raise_if_any(self._misfits)
         if not config.deferred:
             self.start(adapter_name)
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Leave the base as it was before an adapter that does not fit."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            super().unload()
 
     def start(self, adapter_name: str) -> None:
         """Fill an adapter from base weights that are whole on this process, with a progress bar."""
@@ -82,6 +102,10 @@ class GoatModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
+        if peft_config.target_modules == "all-linear" and peft_config.layers_to_transform is not None:
+            # PEFT looks at the blocks for short names only, and "all-linear" becomes whole paths.
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = {path.rpartition(".")[2] for path in peft_config.target_modules}
         return peft_config
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -121,10 +145,17 @@ class GoatModel(BaseTuner):
         if problem and peft_config.init.decomposes:
             self._misfits.append(f"{current_key}: {problem}; lower r, or put it in exclude_modules")
             return
+        folds = peft_config.residual is Residual.FOLD and peft_config.init.decomposes
+        if folds and (shared := self._shares_weight(base)):
+            self._misfits.append(
+                f"{current_key}: its weight is also that of {shared}, which residual (fold) would change; use "
+                "residual='lowrank', or put it in exclude_modules"
+            )
+            return
         if isinstance(target, GoatLayer):
             layer = target
         else:
-            layer = GoatLayer(target)
+            layer = GoatLinear(target)
             self._replace_module(parent, target_name, layer, target)
         experts = GoatExperts(
             peft_config,
@@ -139,20 +170,83 @@ class GoatModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             experts.requires_grad_(False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base with its adapters; a loss in the output carries the balance loss."""
-        mask = kwargs.get("attention_mask")
-        self.signal.begin_forward(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-        output = super().forward(*args, **kwargs)
-        if not (self.training and torch.is_grad_enabled()):
+    def _shares_weight(self, layer: nn.Module) -> str | None:
+        """Name another module that holds the same weight, such as an embedding tied to the head."""
+        for name, module in self.model.named_modules():
+            if module is not layer and module._parameters.get("weight") is layer.weight:
+                return name
+        return None
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names: a batch cannot mix GOAT adapters; call the model once for each adapter, after "
+                "model.set_adapter(name)"
+            )
+        yield
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PEFT loads with strict=False, and half an adapter over another one is neither of them. An entry in the last
+        # argument, the list of errors, fails the loading whatever its strictness.
+        args[-1].extend(self._incomplete_adapters(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _incomplete_adapters(self, state_dict: dict[str, Any], prefix: str) -> Iterator[str]:
+        for adapter_name in self.peft_config:
+            expected = {
+                f"{prefix}{item.path}.goat_experts.{adapter_name}.{tensor}"
+                for item in named_experts(self, adapter_name)
+                for tensor, _ in item.experts.named_parameters()
+            }
+            absent = expected - state_dict.keys()
+            if absent and absent != expected:
+                keys = [self._remove_adapter_name_from_key(key, adapter_name) for key in absent]
+                yield f"the file of GOAT adapter {adapter_name} lacks {_some_of(keys)}"
+        # PEFT leaves a key of the file as it is where the model has no tensor for it.
+        if surplus := [key for key in state_dict if key.rpartition(".")[2].startswith(PREFIX)]:
+            yield f"the file of a GOAT adapter holds tensors that the model has no place for: {_some_of(surplus)}"
+
+    def _before_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A reference model's forward between this micro-batch's and its backward must not make it forgotten.
+        if torch.is_grad_enabled() or not base.training:
+            mask = self._arguments(args, kwargs).get("attention_mask")
+            self.signal.begin_forward(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    def _after_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Let the loss in the output carry the balance loss."""
+        if not (base.training and torch.is_grad_enabled()):
             return output
         loss, log_probs = getattr(output, "loss", None), getattr(output, "log_probs", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            weight = _share_of_batch(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
-            output.loss = self.with_balance_loss(loss, weight=weight)
+            output.loss = self.with_balance_loss(loss, weight=self._share_of_batch(self._arguments(args, kwargs)))
         if isinstance(log_probs, Tensor) and log_probs.requires_grad:
-            output.log_probs = carry_balance_by_log_probs(log_probs, self.signal)
+            label_mask = getattr(output, "label_mask", None)
+            output.log_probs = carry_balance_by_log_probs(log_probs, self.signal, label_mask=label_mask)
         return output
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Name the base's arguments, some of which may have come by position."""
+        return (
+            dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)) | kwargs if args else kwargs
+        )
+
+    def _share_of_batch(self, arguments: dict[str, Any]) -> Tensor | float:
+        """Give the share of this micro-batch in a loss that is normalised over several of them."""
+        num_items = arguments.get("num_items_in_batch")
+        targets = arguments.get("shift_labels")
+        if targets is None:
+            targets = arguments.get("labels")
+            if targets is not None and targets.dim() > 1 and self._shifts_labels():
+                targets = targets[..., 1:]
+        if targets is None or num_items is None:
+            return 1.0
+        return (targets != -100).sum() / num_items
+
+    def _shifts_labels(self) -> bool:
+        """Say whether the base's loss leaves out the first token of a sequence, which is nobody's target."""
+        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return not is_encoder_decoder and getattr(self.model, "loss_function", None) in (None, ForCausalLMLoss)
 
     def balance_loss(self) -> Tensor | None:
         """Give ``balance_coef * Σ_layers L_b`` of the last forward, detached; None where nothing was routed."""
@@ -176,6 +270,8 @@ class GoatModel(BaseTuner):
         for adapter_name in self.peft_config:
             for item in named_experts(self, adapter_name):
                 item.layer.unfold(adapter_name)
+        for hook in self._hooks:
+            hook.remove()
         return super().unload()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -215,13 +311,10 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return layer.out_features, layer.in_features  # type: ignore[return-value]
 
 
+def _some_of(keys: list[str]) -> str:
+    shown = sorted(keys)[:8]
+    return ", ".join(shown) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """Give the share of this micro-batch in a loss that is normalised over several of them."""
-    if labels is None or num_items_in_batch is None:
-        return 1.0
-    # The first token of a sequence is nobody's target.
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch

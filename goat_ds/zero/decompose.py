@@ -125,15 +125,29 @@ def _decompose_mine(wave: list[Assignment], processes: Ranks, cache: Path | None
 def _hand_out(item: NamedExperts, owner: int, directions: Directions | None, processes: Ranks, *, seed: int) -> None:
     """Give the owner's factors to every rank, as shards where the model is sharded."""
     experts = item.experts
-    with partition.written_by(owner, experts.parameters()), torch.random.fork_rng():
-        if owner == processes.world_rank:
-            torch.manual_seed(seed)
-            experts.start(directions)
+    values = _values_at_start(experts, directions, seed=seed) if owner == processes.world_rank else None
+    partition.fill_from(owner, list(experts.parameters()), values)
     experts.ready = True
     if experts.config.residual == "fold":
         with partition.gathered(experts.parameters()), partition.written_by(owner, [_weight(item)]):
             (adapter_name,) = (name for name, e in item.layer.goat_experts.items() if e is experts)
             item.layer.fold(adapter_name)
+
+
+def _values_at_start(experts: GoatExperts, directions: Directions | None, *, seed: int) -> list[Tensor]:
+    """Compute whole tensors for an adapter that may be sharded, in the order of its parameters."""
+    whole = GoatExperts(
+        experts.config,
+        name=experts.name,
+        in_features=experts.in_features,
+        out_features=experts.out_features,
+        like=torch.empty(0, dtype=experts.A.dtype, device=ranks.device()),
+        signal=experts.signal,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        whole.start(directions)
+    return [parameter.detach() for parameter in whole.parameters()]
 
 
 def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None) -> tuple[Directions, bool]:

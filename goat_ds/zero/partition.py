@@ -3,12 +3,13 @@
 Every helper does nothing, rather than something else, on a parameter that is whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from goat_ds.zero import ranks
@@ -47,6 +48,30 @@ def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[
     for parameter in parameters:
         if not is_partitioned(parameter):
             torch.distributed.broadcast(parameter.data, src=world_rank)
+
+
+@torch.no_grad()
+def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> None:
+    """Give parameters of one dtype the values that one rank has. A collective: one broadcast.
+
+    Args:
+        world_rank: Who has the values.
+        parameters: What to fill, the same on every rank.
+        values: Whole tensors in the parameters' order; None on the other ranks.
+    """
+    sizes = [full_shape(parameter).numel() for parameter in parameters]
+    flat = torch.empty(sum(sizes), dtype=parameters[0].dtype, device=ranks.device())
+    if values is not None:
+        torch.cat([value.reshape(-1).to(flat) for value in values], out=flat)
+    torch.distributed.broadcast(flat, src=world_rank)
+    for parameter, whole in zip(parameters, flat.split(sizes), strict=True):
+        if is_partitioned(parameter):
+            # What gathering would have made of it, without moving values that are about to be overwritten.
+            parameter.data = whole.view(full_shape(parameter))
+            parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+            parameter.partition(has_been_updated=True)  # type: ignore[attr-defined]
+        else:
+            parameter.copy_(whole.view_as(parameter))
 
 
 @torch.no_grad()

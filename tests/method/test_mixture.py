@@ -32,7 +32,12 @@ def run_both(
     signal = BalanceSignal()
     signal.begin_forward(None if mask is None else torch.tensor(mask))
     factors = MixtureFactors(
-        fast["a"], fast["b"], a0, b0, fast.get("router"), torch.tensor(scales, dtype=torch.float64) if adaptive else None
+        fast["a"],
+        fast["b"],
+        a0,
+        b0,
+        fast.get("router"),
+        torch.tensor(scales, dtype=torch.float64) if adaptive else None,
     )
     settings = MixtureSettings(num_experts=num_experts, top_k=top_k, scale=scales[0], balance_coef=coef)
     y, load = mixture(fast["x"], fast["x"] @ weight.T, factors, settings, signal=signal)
@@ -53,7 +58,7 @@ def run_both(
         [y, loss, *(value.grad for value in fast.values())],
         [y_slow, loss_slow, *(value.grad for value in slow.values())],
         balance,
-        float(balance_slow),
+        float(balance_slow.detach()),
     )
 
 
@@ -90,8 +95,8 @@ def test_dropout_reaches_the_experts_only() -> None:
     x, a, b, a0, b0, router = (
         draw(5, IN), draw(R, IN), draw(OUT, R), draw(R, IN), draw(OUT, R), draw(2, IN),
     )  # fmt: skip
-    keep = (torch.rand(5, IN) > 0.5).double() / 0.5
-    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+    keep = torch.rand(5, IN) > 0.25
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0, dropout=0.25)
     inputs = [value.requires_grad_() for value in (x, a, b, router)]
     y, _ = mixture(
         x,
@@ -99,10 +104,10 @@ def test_dropout_reaches_the_experts_only() -> None:
         MixtureFactors(a, b, a0, b0, router),
         settings,
         signal=BalanceSignal(),
-        dropout_mask_TI=keep,
+        dropout_mask=keep,
     )
     gates = torch.nn.functional.one_hot((x @ router.T).argmax(dim=1), 2).double().repeat_interleave(R // 2, dim=1)
-    expected = 1.3 * (gates * ((x * keep) @ a.T)) @ b.T - 1.3 / 2 * (x @ a0.T) @ b0.T
+    expected = 1.3 * (gates * ((x * keep / 0.75) @ a.T)) @ b.T - 1.3 / 2 * (x @ a0.T) @ b0.T
     torch.testing.assert_close(y, expected)
     target = draw(5, OUT)
     grads = torch.autograd.grad((y * target).sum(), inputs)
@@ -121,3 +126,52 @@ def test_an_infinite_preference_for_one_expert_is_finite_in_value_and_gradient()
     assert load is not None
     assert router.grad is not None
     assert all(torch.isfinite(t).all() for t in (y, load.entropy, router.grad))
+
+
+def half_precision_run(monkeypatch: pytest.MonkeyPatch, *, widened: int) -> list[Tensor]:
+    """Run 3-D bf16 input through the fast form, widened for the router so many tokens at a time."""
+    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_TOKENS", widened)
+    torch.manual_seed(0)
+    a, b, a0, b0, router = (draw(*shape).bfloat16() for shape in ((R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN)))
+    x, base = draw(3, 7, IN).bfloat16().requires_grad_(), draw(3, 7, OUT).bfloat16()
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+    factors = MixtureFactors(a.requires_grad_(), b.requires_grad_(), a0, b0, router.requires_grad_())
+    y, load = mixture(x, base, factors, settings, signal=BalanceSignal())
+    assert load is not None
+    return [y, load.prob_E, *torch.autograd.grad(y.square().sum(), [x, a, b, router])]
+
+
+def test_a_half_precision_input_is_routed_the_same_in_pieces_as_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for in_pieces, whole in zip(
+        half_precision_run(monkeypatch, widened=4), half_precision_run(monkeypatch, widened=64), strict=True
+    ):
+        torch.testing.assert_close(in_pieces, whole)
+
+
+def test_half_precision_is_the_papers_up_to_its_rounding() -> None:
+    torch.manual_seed(0)
+    tensors = [draw(*shape).bfloat16() for shape in ((5, IN), (R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN))]
+    x, a, b, a0, b0, router = tensors
+    weight = torch.zeros(OUT, IN, dtype=torch.float64)
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+    y, _ = mixture(
+        x, torch.zeros(5, OUT).bfloat16(), MixtureFactors(a, b, a0, b0, router), settings, signal=BalanceSignal()
+    )
+    exact, _ = reference.layer(*(t.double() for t in (x, weight, a, b, a0, b0, router)), scales=[1.3, 1.3], top_k=1)
+    assert (y.double() - exact).norm() < 2**-7 * exact.norm()
+
+
+@pytest.mark.parametrize("frozen", ["x", "a", "b", "router"])
+def test_a_gradient_that_nobody_needs_leaves_the_others_as_they_are(frozen: str) -> None:
+    torch.manual_seed(0)
+    tensors = {"x": draw(5, IN), "a": draw(R, IN), "b": draw(OUT, R), "router": draw(2, IN)}
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+    found = []
+    for names in (tensors.keys(), tensors.keys() - {frozen}):
+        inputs = {name: value.clone().requires_grad_(name in names) for name, value in tensors.items()}
+        factors = MixtureFactors(inputs["a"], inputs["b"], router_EI=inputs["router"])
+        y, _ = mixture(inputs["x"], draw(5, OUT) * 0, factors, settings, signal=BalanceSignal())
+        y.square().sum().backward()
+        found.append({name: inputs[name].grad for name in tensors.keys() - {frozen}})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)

@@ -95,8 +95,12 @@ def deepspeed_launch(*arguments: str, timeout: float = 300) -> subprocess.Comple
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of the demo under the deepspeed launcher; give its folder."""
     root = tmp_path_factory.mktemp("launch")
+    watched = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    watched["csv_monitor"] = {"enabled": True, "output_path": str(root / "csv"), "job_name": "demo"}
+    (root / "watched.json").write_text(json.dumps(watched))
     done = deepspeed_launch(
-        *TRAIN, *SHORT, *caches(root), "--output_dir", str(root / "run"), "--save_steps", "2", "--eval_steps", "2"
+        *("launch/train.py", "--ds_config", str(root / "watched.json"), *SHORT, *caches(root)),
+        *("--output_dir", str(root / "run"), "--save_steps", "2", "--eval_steps", "2"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "run"
@@ -113,6 +117,21 @@ def test_the_deepspeed_launcher_leaves_metrics_and_checkpoints(run: Path) -> Non
     for layer in routers["layers"].values():
         assert sum(layer["load"]) == pytest.approx(1, abs=1e-3)
         assert 0 < layer["entropy"] <= torch.tensor(4.0).log().item() + 1e-6
+
+
+@pytest.mark.slow
+def test_deepspeeds_monitors_get_the_same_numbers(run: Path) -> None:
+    (file,) = (run.parent / "csv").rglob("*train_loss.csv")
+    rows = [line.split(",") for line in file.read_text().splitlines()[1:]]
+    assert [float(value) for _, value in rows] == pytest.approx(losses_of(run))
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    done = launch(*TRAIN, *SHORT, "--output_dir", str(tmp_path / "run"), "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "nothing is wrong that can be known before weights are read" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,123 @@
+"""Which directions the experts start from, and what their factors multiply to."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from goat_ds.errors import ConfigError
+from goat_ds.method.scaling import adaptive_scales
+from goat_ds.method.spectrum import Start, chosen_indices, decompose, factors_from, zero_start
+from tests import reference
+
+DECOMPOSING = [start for start in Start if start.decomposes]
+SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (24, 24), "indivisible": (27, 29)}
+SCALE, RHO = 1.7, 10.0
+
+
+def weight_of(shape: tuple[int, int], *, rank: int | None = None) -> Tensor:
+    """Draw a weight, of full rank or of the given one."""
+    generator = torch.Generator().manual_seed(0)
+    if rank is None:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    left, right = ((n, rank) for n in shape)
+    return (
+        torch.randn(*left, generator=generator, dtype=torch.float64)
+        @ torch.randn(*right, generator=generator, dtype=torch.float64).T
+    )
+
+
+def products(weight: Tensor, start: Start, *, num_experts: int, r: int, adaptive: bool = False) -> list[Tensor]:
+    """Give every expert's s_e B0_e A0_e as the package makes them."""
+    indices_ED = chosen_indices(start, num_directions=min(weight.shape), num_experts=num_experts, r=r)
+    directions = decompose(weight, indices_ED)
+    scale_E = torch.full((num_experts,), SCALE, dtype=torch.float64)
+    if adaptive:
+        scale_E = adaptive_scales(SCALE, directions.s_R.unflatten(0, (num_experts, -1)))
+    d = r // num_experts
+    a_RI, b_OR = factors_from(directions, scale_R=scale_E.repeat_interleave(d), rho=RHO)
+    return [scale_E[e] * b_OR[:, e * d : (e + 1) * d] @ a_RI[e * d : (e + 1) * d] for e in range(num_experts)]
+
+
+@pytest.mark.parametrize("start", DECOMPOSING)
+@pytest.mark.parametrize(("q", "num_experts", "r"), [(24, 4, 8), (27, 4, 8), (24, 3, 6), (24, 1, 4), (16, 8, 16)])
+def test_every_start_takes_the_directions_of_the_table(start: Start, q: int, num_experts: int, r: int) -> None:
+    indices_ED = chosen_indices(start, num_directions=q, num_experts=num_experts, r=r)
+    assert indices_ED.tolist() == reference.segment_indices(start, q=q, num_experts=num_experts, r=r)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("start", DECOMPOSING)
+def test_factors_multiply_to_the_segments_of_the_spectrum(start: Start, shape: str, adaptive: bool) -> None:
+    weight = weight_of(SHAPES[shape])
+    expected, scales = reference.start_products(
+        weight, start, num_experts=4, r=8, scale=SCALE, rho=RHO, adaptive=adaptive
+    )
+    found = products(weight, start, num_experts=4, r=8, adaptive=adaptive)
+    for product, unscaled, scale in zip(found, expected, scales, strict=True):
+        torch.testing.assert_close(product, scale * unscaled, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_directions_are_orthonormal(shape: str) -> None:
+    indices_ED = chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=8)
+    u_OR, _, v_RI = decompose(weight_of(SHAPES[shape]), indices_ED)
+    torch.testing.assert_close(u_OR.T @ u_OR, torch.eye(8, dtype=torch.float64))
+    torch.testing.assert_close(v_RI @ v_RI.T, torch.eye(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("start", [Start.GOAT, Start.GOAT_MINI, Start.MILORA])
+def test_a_rank_deficient_weight_still_gives_its_segments(start: Start, shape: str) -> None:
+    weight = weight_of(SHAPES[shape], rank=9)
+    expected, _ = reference.start_products(weight, start, num_experts=4, r=8, scale=SCALE, rho=RHO, adaptive=False)
+    for product, unscaled in zip(products(weight, start, num_experts=4, r=8), expected, strict=True):
+        torch.testing.assert_close(product, SCALE * unscaled, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30])
+def test_a_weight_of_any_size_gives_finite_factors(factor: float) -> None:
+    weight = weight_of((24, 40)) * factor
+    found = products(weight, Start.GOAT, num_experts=4, r=8)
+    plain = products(weight_of((24, 40)), Start.GOAT, num_experts=4, r=8)
+    for product, unscaled in zip(found, plain, strict=True):
+        torch.testing.assert_close(product, unscaled * factor, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_low_precision_weight_is_decomposed_as_exactly_as_its_values(dtype: torch.dtype) -> None:
+    weight = weight_of((24, 40)).to(dtype)
+    found = products(weight, Start.GOAT, num_experts=4, r=8)
+    for product, exact in zip(found, products(weight.double(), Start.GOAT, num_experts=4, r=8), strict=True):
+        torch.testing.assert_close(product, exact, rtol=0.0, atol=0.0)
+
+
+def test_a_steep_spectrum_is_as_accurate_as_an_svd_in_double_precision() -> None:
+    u, _, vh = torch.linalg.svd(weight_of((24, 40)), full_matrices=False)
+    weight = u @ torch.diag(torch.logspace(0, -12, 24, dtype=torch.float64)) @ vh
+    indices_ED = chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=8)
+    u_OR, s_R, v_RI = decompose(weight, indices_ED)
+    torch.testing.assert_close(u_OR.T @ weight @ v_RI.T, torch.diag(s_R), rtol=1e-6, atol=1e-14)
+
+
+def test_a_segment_shorter_than_an_expert_is_refused_with_both_numbers() -> None:
+    words = r"24 x 24 has segments of 6 directions \(num_experts 4\), fewer than r / num_experts \(7\)"
+    with pytest.raises(ConfigError, match=words):
+        chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=28)
+
+
+def test_a_zero_start_takes_no_directions() -> None:
+    with pytest.raises(ValueError, match="start 'zero' takes no directions"):
+        chosen_indices(Start.ZERO, num_directions=24, num_experts=4, r=8)
+
+
+def test_a_zero_start_draws_a_within_its_bounds_and_b_as_zero() -> None:
+    torch.manual_seed(0)
+    a_RI, b_OR = zero_start(
+        out_features=6, in_features=64, r=32, dtype=torch.float32, device=torch.device("cpu")
+    )  # fmt: skip
+    bound = 64**-0.5
+    assert a_RI.shape == (32, 64) and b_OR.shape == (6, 32)
+    assert not b_OR.any()
+    assert a_RI.abs().max() <= bound
+    torch.testing.assert_close(a_RI.var().item(), bound**2 / 3, rtol=0.1, atol=0.0)

@@ -1,0 +1,76 @@
+"""Imports go down only: which room of goat_ds may import which, and what the lower rooms never touch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "goat_ds"
+BELOW_TRAINING = {"errors", "method", "tuner", "zero", "data"}
+MAY_IMPORT = {
+    "errors": set(),
+    "method": {"errors"},
+    "tuner": {"errors", "method"},
+    "zero": {"errors", "method", "tuner"},
+    "data": {"errors", "method", "tuner"},
+    "train": BELOW_TRAINING | {"demo", "front door"},
+    "export": BELOW_TRAINING | {"front door"},
+    "plan": BELOW_TRAINING | {"front door"},
+    "demo": {"errors"},
+    "front door": BELOW_TRAINING | {"train", "export", "plan", "demo"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """Name the room of a module given by its path below goat_ds."""
+    name = parts[0].removesuffix(".py") if parts else "__init__"
+    return "front door" if name == "__init__" else name
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Walk over the modules that a file imports, anywhere in it, as dotted parts."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by the whole name"
+            module = tuple((node.module or "").split("."))
+            rooms = [(*module, alias.name) for alias in node.names if alias.name in MAY_IMPORT]
+            yield from rooms if module == ("goat_ds",) and rooms else [module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_the_rooms_below_it_only(path: Path) -> None:
+    room = room_of(path.relative_to(PACKAGE).parts)
+    imported = {room_of(parts[1:]) for parts in imports(path) if parts[0] == "goat_ds"}
+    assert imported - {room} <= MAY_IMPORT[room]
+
+
+def test_the_shards_alone_know_deepspeed() -> None:
+    knowing = {
+        room_of(path.relative_to(PACKAGE).parts) for path in FILES if ("deepspeed" in {p[0] for p in imports(path)})
+    }
+    assert knowing <= {"zero"}
+
+
+def test_the_method_imports_torch_and_the_errors_only() -> None:
+    imported = {parts[0] for path in (PACKAGE / "method").glob("*.py") for parts in imports(path)}
+    assert imported - set(sys.stdlib_module_names) == {"torch", "goat_ds"}
+
+
+@pytest.mark.parametrize("room", ["method", "tuner", "data"])
+def test_the_lower_rooms_read_neither_environment_nor_clock(room: str) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert not {parts[0] for parts in imports(path)} & {"time", "datetime"}, path
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"environ", "getenv", "putenv"}, path
+
+
+def test_the_front_door_opens_without_deepspeed() -> None:
+    code = "import sys; sys.modules['deepspeed'] = None; import goat_ds, peft; print(goat_ds.GoatConfig().peft_type)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "GOAT"

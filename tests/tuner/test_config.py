@@ -1,0 +1,71 @@
+"""A config is checked whole, and comes back from disk as it was."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+
+from goat_ds import ConfigError, GoatConfig
+from goat_ds.method.scaling import Scaling
+from goat_ds.method.spectrum import Start
+from goat_ds.tuner.config import Residual
+
+EVERYTHING = GoatConfig(
+    r=6, num_experts=3, top_k=1, init="pissa", scaling="rslora", eta=0.1, lora_alpha=12, rho=5.0, adaptive_scale=True,
+    residual="fold", balance_coef=0.01, dropout=0.05, target_modules=["q_proj", "v_proj"], exclude_modules=["k_proj"],
+    modules_to_save=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
+)  # fmt: skip
+
+
+def test_a_config_comes_back_from_disk_as_it_was_but_deferred(tmp_path: Path) -> None:
+    EVERYTHING.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, GoatConfig)
+    assert loaded.deferred
+    assert loaded.to_dict() == EVERYTHING.to_dict()
+    assert (loaded.init, loaded.scaling, loaded.residual) == (Start.PISSA, Scaling.RSLORA, Residual.FOLD)
+
+
+def test_a_saved_config_is_plain_json_that_names_the_method(tmp_path: Path) -> None:
+    EVERYTHING.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["init"], saved["scaling"]) == ("GOAT", "pissa", "rslora")
+    assert {"r", "num_experts", "top_k", "eta", "lora_alpha", "rho", "adaptive_scale", "residual"} <= set(saved)
+
+
+def test_a_config_survives_pickling() -> None:
+    copied = pickle.loads(pickle.dumps(EVERYTHING))
+    assert copied == EVERYTHING
+    assert copied.init is Start.PISSA
+
+
+def test_all_problems_of_a_config_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GoatConfig(
+            r=10, num_experts=8, top_k=9, init="svd", scaling="big", residual="none", eta=0, rho=-1, dropout=1,
+            lora_alpha=float("nan"), balance_coef=float("nan"), layers_pattern="layers",
+        )  # fmt: skip
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "init", "scaling", "residual", "num_experts", "top_k", "eta", "lora_alpha", "rho", "balance_coef", "dropout",
+        "layers_pattern",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"r": 10}, r"num_experts \(8\) must divide r \(10\)"),
+        ({"top_k": 9}, r"top_k \(9\) must be at most num_experts \(8\)"),
+        ({"num_experts": 0}, r"num_experts \(0\) must be at least 1"),
+        ({"r": "32"}, r"r \('32'\) must be a whole number"),
+        ({"balance_coef": "1e-3"}, r"balance_coef \('1e-3'\) must be a number"),
+        ({"init": "Goat"}, r"init \(Goat\) must be one of goat, goat_mini, pissa, milora, pissa_milora, zero"),
+        ({"init": "zero", "adaptive_scale": True}, "adaptive_scale needs a start with singular values"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 0}, "beside a regular expression in target_modules"),
+    ],
+)
+def test_a_problem_names_the_field_and_its_value(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GoatConfig(**settings)  # type: ignore[arg-type]
