@@ -1,0 +1,34 @@
+"""The embedded demo: a tiny pretrained LLaMA, and instruction data about the made-up world it has read of.
+
+    wording.py    how a fact is stated, and how an instruction asks for it
+    world.py      a seed -> the world's facts, the text that states them, the instructions that ask for them
+    pretrain.py   that text -> SentencePiece tokenizer and pretrained base (``python -m goat_ds.demo.pretrain``)
+    base/         the base, a Hugging Face folder of less than 4 MiB
+    data/         instructions in Alpaca format; no fact is asked for in both files
+
+The base has read every fact and can complete a sentence that states it, but has never seen an instruction.
+"""
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+
+def base_path() -> Path:
+    """Return the folder of the pretrained base; ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
+    return _shipped("base")
+
+
+def train_data() -> Path:
+    """Return the instructions to train on, JSON Lines with ``instruction``, ``input`` and ``output``."""
+    return _shipped("data/train.jsonl")
+
+
+def heldout_data() -> Path:
+    """Return the instructions to judge by; they ask for facts that ``train_data`` never asks for."""
+    return _shipped("data/heldout.jsonl")
+
+
+def _shipped(name: str) -> Path:
+    # The package is installed as plain files, so the path outlives the context.
+    with as_file(files(__name__).joinpath(name)) as path:
+        return path
