@@ -62,7 +62,7 @@ class TokenReport(NamedTuple):
     def lines(self) -> list[str]:
         """Say it for people, a fact a line."""
         return [
-            f"{self.num_read:,} records read, {self.num_kept:,} to train on, {self.num_truncated:,} of them truncated",
+            f"{self.num_read:,} records read, {self.num_kept:,} kept, {self.num_truncated:,} of them truncated",
             *(f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())),
             f"{self.num_tokens:,} tokens, {self.num_label_tokens:,} of them with a label",
         ]

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+# Tokens whose inputs are widened to fp32 at once for the router.
+WIDENED_TOKENS = 2048
 
 
 class GoatLayer(nn.Module):
@@ -69,15 +71,14 @@ class GoatLayer(nn.Module):
             return self._mixture(x_TI, base_TO).reshape(base.shape)
 
     def _mixture(self, x_TI: Tensor, base_TO: Tensor) -> Tensor:
+        # The same products in the same order as in training, so that the result is the same to the last bit.
         dtype = x_TI.dtype
-        b_OR = self.goat_B.to(dtype)
-        h_TR = (x_TI @ self.goat_A.to(dtype).T) * self._rank_gates(x_TI)
+        rank_gates_TR, a_RI, b_OR = self._rank_gates(x_TI), self.goat_A.to(dtype), self.goat_B.to(dtype)
         if self.goat_A0 is None or self.goat_B0 is None:
-            return torch.addmm(base_TO, h_TR, b_OR.T)
-        h0_TR = (x_TI @ self.goat_A0.to(dtype).T) * self._residual_gates(dtype)
-        b_and_b0 = torch.cat([b_OR, self.goat_B0.to(dtype)], dim=1)
-        # One product for experts and residual: this is how it was trained, to the last bit.
-        return torch.addmm(base_TO, torch.cat([h_TR, h0_TR], dim=1), b_and_b0.T)
+            return torch.addmm(base_TO, (x_TI @ a_RI.T) * rank_gates_TR, b_OR.T)
+        u_TR, u0_TR = (x_TI @ torch.cat([a_RI, self.goat_A0.to(dtype)]).T).chunk(2, dim=1)
+        h_TS = torch.cat([u_TR * rank_gates_TR, u0_TR * self._residual_gates(dtype)], dim=1)
+        return torch.addmm(base_TO, h_TS, torch.cat([b_OR, self.goat_B0.to(dtype)], dim=1).T)
 
     def _rank_gates(self, x_TI: Tensor) -> Tensor | float:
         """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``."""
@@ -85,9 +86,11 @@ class GoatLayer(nn.Module):
             return self.scale if self.goat_s is None else self.goat_s.to(x_TI.dtype)
         # Logits in bf16 would tie or swap experts whose logits differ by less than 1/256 of their size.
         wide = torch.promote_types(x_TI.dtype, torch.float32)
-        probs_TE = functional.linear(x_TI.to(wide), self.goat_router.to(wide)).softmax(dim=-1)
-        top_TK, index_TK = probs_TE.topk(self.top_k, dim=-1)
-        gates_TE = torch.zeros_like(probs_TE).scatter(-1, index_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
+        pieces = x_TI.split(WIDENED_TOKENS) if x_TI.dtype != wide else (x_TI,)
+        logits_ET = torch.cat([self.goat_router.to(wide) @ piece.to(wide).T for piece in pieces], dim=1)
+        top_TK, index_TK = logits_ET.T.contiguous().topk(self.top_k, dim=-1)
+        # The kept probabilities, renormalised, are a softmax over the kept logits.
+        gates_TE = torch.zeros_like(logits_ET.T).scatter(-1, index_TK, top_TK.softmax(dim=-1))
         scaled_TE = gates_TE * (self.scale if self.goat_s is None else self.goat_s.to(wide))
         return scaled_TE.to(x_TI.dtype).repeat_interleave(self.expert_rank, dim=1)
 

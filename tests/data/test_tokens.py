@@ -186,7 +186,7 @@ def test_truncation_keeps_the_head_and_the_report_counts_everything(bpe, tmp_pat
     assert report.num_read == 4 and report.num_kept == 2 and report.num_truncated == 1
     assert report.dropped == {"no label token left after truncation": 1, "empty answer": 1}
     assert report.num_tokens == sum(dataset["num_tokens"]) and report.num_label_tokens == sum(dataset["num_labels"])
-    assert str(report).splitlines()[0] == "4 records read, 2 to train on, 1 of them truncated"
+    assert str(report).splitlines()[0] == "4 records read, 2 kept, 1 of them truncated"
 
 
 def test_no_label_left_anywhere_names_the_way_out(bpe, tmp_path):

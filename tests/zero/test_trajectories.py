@@ -14,7 +14,7 @@ COMMON = {
     "precision": "fp32",
     "max_steps": str(NUM_STEPS),
     "max_length": "64",
-    "learning_rate": "5e-4",
+    "learning_rate": "2e-3",
     "warmup_steps": "2",
     "r": "16",
     "num_experts": "4",
