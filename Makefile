@@ -17,11 +17,11 @@ demo: setup
 	python launch/demo.py
 
 test: setup lint
-	pytest
+	pytest -n 2 --dist loadfile
 
 # What takes seconds, for every change.
 quick: setup
-	pytest -m 'not slow'
+	pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: setup
 	ruff check .

@@ -137,7 +137,8 @@ def test_a_dry_run_says_so_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_and_plain_python_run_the_same_program(run: Path, tmp_path: Path) -> None:
     same = [*TRAIN, *SHORT, *caches(run.parent), "--output_dir"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    # Without "--" torchrun takes our --r for an abbreviation of one of its own flags.
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "--"]
     done = launch(*torchrun, *same, str(tmp_path / "torchrun"))
     assert done.returncode == 0, done.stderr
     done = launch(*same, str(tmp_path / "python"), "--grad_accum_steps", "2")

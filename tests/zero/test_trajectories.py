@@ -14,7 +14,7 @@ COMMON = {
     "precision": "fp32",
     "max_steps": str(NUM_STEPS),
     "max_length": "64",
-    "learning_rate": "2e-3",
+    "learning_rate": "5e-4",
     "warmup_steps": "2",
     "r": "16",
     "num_experts": "4",
@@ -33,7 +33,10 @@ ON_ONE_RANK: dict[str, dict[str, str]] = {
     "zero3, non-reentrant": ZERO3 | TWO_IN_ONE_STEP | {"gradient_checkpointing": "non_reentrant"},
     "zero1, accumulated": {"ds_config": "ds_configs/zero1.json"} | TWO_IN_ONE_STEP,
     "zero3, fold": ZERO3 | TWO_IN_ONE_STEP | {"residual": "fold"},
+    "zero3, fast": ZERO3 | TWO_IN_ONE_STEP | {"learning_rate": "4e-3"},
 }
+# Not the run that judges the others: another arithmetic, or another learning rate.
+APART = ("zero3, fold", "zero3, fast")
 ON_TWO_RANKS: dict[str, dict[str, str]] = {
     "zero1": {"ds_config": "ds_configs/zero1.json"},
     "zero2": {"ds_config": "ds_configs/zero2.json"},
@@ -76,19 +79,20 @@ def whole(folders: dict[str, Path]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_learns(whole: list[float]) -> None:
-    assert len(whole) == NUM_STEPS
-    assert sum(whole[-5:]) < 0.9 * sum(whole[:5])
+def test_a_run_learns(folders: dict[str, Path]) -> None:
+    losses = losses_of(folders["1 zero3, fast"])
+    assert len(losses) == NUM_STEPS
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ON_TWO_RANKS if "fold" not in name])
+@pytest.mark.parametrize("name", [name for name in ON_TWO_RANKS if name not in APART])
 def test_two_ranks_give_the_losses_of_one_process(name: str, folders: dict[str, Path], whole: list[float]) -> None:
     assert losses_of(folders[f"2 {name}"]) == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ON_ONE_RANK if "fold" not in name])
+@pytest.mark.parametrize("name", [name for name in ON_ONE_RANK if name not in APART])
 def test_accumulation_checkpointing_and_stage_change_nothing_beyond_rounding(
     name: str, folders: dict[str, Path], whole: list[float]
 ) -> None:
