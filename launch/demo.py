@@ -37,7 +37,7 @@ def main() -> None:
     run(*exam, str(DEMO / "base"))
     run(
         *("deepspeed", "--num_gpus", "2", "launch/train.py"),
-        *("--ds_config", "ds_configs/zero3.json", "--config", "launch/demo.yaml", "--output_dir", str(output / "run")),
+        *("--ds_config", "ds_configs/zero3.json", "--output_dir", str(output / "run")),
     )
     run(
         *(sys.executable, "launch/export.py", "--mode", "exact"),

@@ -5,6 +5,8 @@
     pretrain.py   that text -> SentencePiece tokenizer and pretrained base (``python -m goat_ds.demo.pretrain``)
     base/         the base, a Hugging Face folder of less than 4 MiB
     data/         instructions in Alpaca format; no fact is asked for in both files
+    run.yaml      settings of a run that learns them
+    exam.py       questions a model about the held-out ones, with plain transformers
 
 The base has read every fact and can complete a sentence that states it, but has never seen an instruction.
 """
@@ -26,6 +28,11 @@ def train_data() -> Path:
 def heldout_data() -> Path:
     """Return the instructions to judge by; they ask for facts that ``train_data`` never asks for."""
     return _shipped("data/heldout.jsonl")
+
+
+def settings() -> Path:
+    """Return the settings of a run on this data, a YAML file as ``--config`` takes it."""
+    return _shipped("run.yaml")
 
 
 def _shipped(name: str) -> Path:

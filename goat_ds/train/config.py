@@ -1,6 +1,7 @@
 """The settings of a run, from the command line and a YAML file. The one place that reads the environment.
 
-Every field is a flag of the same name. ``--config run.yaml`` holds any of them; the command line wins.
+Every field is a flag of the same name. ``--config run.yaml`` holds any of them; the command line wins. A run of the
+embedded demo starts from the demo's own settings.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 
+from goat_ds import demo
 from goat_ds.data import DataFormat
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.method.scaling import Scaling
@@ -176,10 +178,15 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: unknown flags or keys, values of the wrong type.
     """
-    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
     config_file = _value_of("config", arguments)
-    from_file = _arguments_of(Path(config_file), given=arguments) if config_file else []
-    namespace, unknown = parser.parse_known_args([*from_file, *arguments])
+    given = [*(_arguments_of(Path(config_file), given=arguments) if config_file else []), *arguments]
+    config = _parsed(given)
+    return _parsed([*_arguments_of(demo.settings(), given=given), *given]) if config.is_demo else config
+
+
+def _parsed(arguments: Sequence[str]) -> TrainConfig:
+    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
+    namespace, unknown = parser.parse_known_args(list(arguments))
     raise_if_any([f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("-")])
     raise_if_any([f"{argument} belongs to no flag; see --help" for argument in unknown])
     return TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})

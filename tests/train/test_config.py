@@ -9,7 +9,6 @@ from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Start
 from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
 from goat_ds.zero.ds_config import Precision
-from tests.launching import REPOSITORY
 
 
 def test_flags_become_settings_of_the_right_kind() -> None:
@@ -109,6 +108,11 @@ def test_the_launchers_local_rank_is_taken_from_flag_or_environment(monkeypatch:
         ranks_from_environment(TrainConfig())
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_yaml_files_are_settings(path: Path) -> None:
-    parse(["--config", str(path)])
+def test_the_demo_brings_settings_of_its_own_and_any_flag_wins(tmp_path: Path) -> None:
+    assert parse([]).learning_rate == 2e-3
+    assert parse(["--learning_rate", "1e-5"]).learning_rate == 1e-5
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 3e-5\n")
+    from_file = parse(["--config", str(path)])
+    assert (from_file.learning_rate, from_file.max_length) == (3e-5, 512)
+    assert parse(["--model", "m", "--data", "d"]).learning_rate == TrainConfig().learning_rate
