@@ -15,7 +15,14 @@ class GoatError(Exception):
 
 
 class ConfigError(GoatError, ValueError):
-    """What the user gave is wrong; each problem is one line: the field, its value, the way out."""
+    """What the user gave is wrong; each problem is one line: the field, its value, the way out.
+
+    Attributes:
+        problems: The lines.
+        told_everywhere: Whether every rank of the run raises this same error.
+    """
+
+    told_everywhere = False
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))

@@ -58,6 +58,8 @@ class StepBatch(NamedTuple):
     """``grad_accum_steps`` of them on every rank, fillers last."""
     num_label_tokens: int
     """Label tokens of the WHOLE global batch, over all ranks and micro-batches."""
+    num_real_micro_batches: int
+    """Micro-batches of the WHOLE global batch that are no fillers."""
     record_ids: list[int]
     """Rows of the tokenised data set that this rank sees, to say where a bad loss came from."""
 
@@ -86,7 +88,11 @@ class Batches:
         rows = [_rows(self.plan.packs, pack_ids) for pack_ids in shares]
         micro_batches = [micro_batch_of(self.dataset, row_ids) for row_ids in rows]
         return StepBatch(
-            batch.epoch, micro_batches, batch.num_label_tokens, [row for row_ids in rows for row in row_ids]
+            epoch=batch.epoch,
+            micro_batches=micro_batches,
+            num_label_tokens=batch.num_label_tokens,
+            num_real_micro_batches=self.plan.num_micro_batches(batch),
+            record_ids=[row for row_ids in rows for row in row_ids],
         )
 
 

@@ -103,6 +103,11 @@ class BatchPlan:
             world_size=self.world_size,
         )
 
+    def num_micro_batches(self, batch: GlobalBatch) -> int:
+        """Return the micro-batches of all ranks that hold a pack; the others are fillers."""
+        per_rank = (len(batch.pack_ids[rank :: self.world_size]) for rank in range(self.world_size))
+        return sum(-(-packs // self.micro_batch_size) for packs in per_rank)
+
 
 def deal(
     pack_ids: Sequence[int], *, micro_batch_size: int, num_micro_batches: int, world_rank: int, world_size: int

@@ -6,16 +6,16 @@ embedded demo starts from the demo's own settings.
 
 import dataclasses
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import EnumType
+from enum import EnumType, StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.trainer_utils import SchedulerType
 
 from goat_ds import demo
 from goat_ds.data import DataFormat
@@ -26,6 +26,22 @@ from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention, Checkpointing
 from goat_ds.zero.ranks import Ranks
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after warm-up: transformers' schedules that need nothing but step numbers."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    POLYNOMIAL = "polynomial"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    CONSTANT = "constant"
+    INVERSE_SQRT = "inverse_sqrt"
+
+
+POLYNOMIAL_END = 1e-7
+"""Learning rate at the end of transformers' polynomial schedule."""
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -85,8 +101,12 @@ class TrainConfig:
     residual: Residual = _flag(Residual.LOWRANK, "where the start's mean contribution is taken off")
     balance_coef: float = _flag(1e-3, "weight of the balance loss, summed over layers")
     dropout: float = _flag(0.0, "probability that an input of the experts is zeroed")
-    target_modules: list[str] | None = _list_flag("names of the layers to adapt; all linear layers by default")
-    exclude_modules: list[str] | None = _list_flag("names of layers to leave out")
+    target_modules: list[str] | None = _list_flag(
+        "names of the layers to adapt, or one regular expression of whole paths; all-linear by default"
+    )
+    exclude_modules: list[str] | None = _list_flag(
+        "names of layers to leave out, or one regular expression of whole paths"
+    )
     svd_cache: str = _flag(_cache_folder("svd"), "folder that remembers decompositions by content")
 
     # -- optimisation
@@ -96,7 +116,7 @@ class TrainConfig:
     micro_batch_size: int = _flag(1, "packs in one forward of one rank")
     grad_accum_steps: int = _flag(1, "forwards of one rank in one step")
     learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
-    lr_scheduler: SchedulerType = _flag(SchedulerType.COSINE, "schedule after warm-up, one of transformers'")
+    lr_scheduler: Schedule = _flag(Schedule.COSINE, "schedule after warm-up; constant is without any")
     warmup_steps: int | None = _flag(None, "steps of linear warm-up; 100 by default, or a tenth of a shorter run")
     weight_decay: float = _flag(0.0, "AdamW's decoupled decay")
     adam_beta1: float = _flag(0.9, "decay of AdamW's first moment")
@@ -117,7 +137,10 @@ class TrainConfig:
             ConfigError: one line a problem.
         """
         shared = {f.name for f in dataclasses.fields(GoatConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
-        return GoatConfig(task_type="CAUSAL_LM", **{name: getattr(self, name) for name in shared})
+        values = {name: getattr(self, name) for name in shared}
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = _names_or_pattern(values[name])
+        return GoatConfig(task_type="CAUSAL_LM", **values)
 
     @property
     def is_demo(self) -> bool:
@@ -156,9 +179,11 @@ class TrainConfig:
         for name in ("max_steps", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
             if (getattr(self, name) or 0) < 0:
                 yield f"{name} ({getattr(self, name)}) must be at least 0"
-        for name in ("learning_rate", "adam_eps", "timeout_minutes"):
+        for name in ("learning_rate", "adam_eps"):
             if not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be above 0"
+        if not self.timeout_minutes >= 1:
+            yield f"timeout_minutes ({self.timeout_minutes}) must be at least 1"
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
@@ -166,6 +191,12 @@ class TrainConfig:
             yield f"max_length ({self.max_length}) must be at least 2"
         if self.max_steps == 0 and not self.num_epochs > 0:
             yield f"num_epochs ({self.num_epochs}) must be above 0 when max_steps is 0"
+        if self.lr_scheduler is Schedule.CONSTANT and self.warmup_steps:
+            yield (
+                f"warmup_steps ({self.warmup_steps}) has no effect with lr_scheduler constant; use constant_with_warmup"
+            )
+        if self.lr_scheduler is Schedule.POLYNOMIAL and not self.learning_rate > POLYNOMIAL_END:
+            yield f"learning_rate ({self.learning_rate}) must be above {POLYNOMIAL_END}, where polynomial ends"
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
         if self.eval_steps and not self.eval_data and not self.is_demo:
@@ -176,20 +207,59 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """Read the command line and the YAML file it names.
 
     Raises:
-        ConfigError: unknown flags or keys, values of the wrong type.
+        ConfigError: unknown flags or keys, flags that other flags make useless; then wrong numbers as well. Or a value
+            of the wrong type.
     """
     config_file = _value_of("config", arguments)
-    given = [*(_arguments_of(Path(config_file), given=arguments) if config_file else []), *arguments]
-    config = _parsed(given)
-    return _parsed([*_arguments_of(demo.settings(), given=given), *given]) if config.is_demo else config
+    content = _read_yaml(Path(config_file)) if config_file else {}
+    given = [*_arguments_of(content, given=arguments), *arguments]
+    config, unknown_flags = _parsed(given)
+    if config.is_demo:
+        config, _ = _parsed([*_arguments_of(_read_yaml(demo.settings()), given=given), *given])
+    unknown_keys = [
+        f"config: {config_file}: {key} is not a setting; see --help" for key in content if key not in _NAMES
+    ]
+    mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
+    if mistakes:
+        raise ConfigError(*mistakes, *config.problems())
+    return config
 
 
-def _parsed(arguments: Sequence[str]) -> TrainConfig:
+def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """Give the settings, and what is wrong with flags that are none."""
     parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
     namespace, unknown = parser.parse_known_args(list(arguments))
-    raise_if_any([f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("-")])
-    raise_if_any([f"{argument} belongs to no flag; see --help" for argument in unknown])
-    return TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
+    # A word that follows an unknown flag is its value.
+    mistakes = [f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("--")]
+    mistakes = mistakes or [f"{argument} belongs to no flag; see --help" for argument in unknown]
+    config = TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
+    return config, mistakes
+
+
+def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
+    """Say which of the given flags other flags make useless."""
+    theory = config.scaling is Scaling.THEORY
+    if theory and "lora_alpha" in given:
+        yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
+    if not theory and "eta" in given:
+        yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
+    if config.init is Start.ZERO and "rho" in given:
+        yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
+    if config.init is Start.ZERO and "residual" in given and config.residual is Residual.FOLD:
+        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
+    if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
+        yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
+
+
+def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
+    """Tell names from the one word that is not a name: all-linear, or a regular expression."""
+    if (
+        values is not None
+        and len(values) == 1
+        and (values[0] == "all-linear" or not re.fullmatch(r"[\w.-]+", values[0]))
+    ):
+        return values[0]
+    return values
 
 
 def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
@@ -200,6 +270,7 @@ def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
 
 # transformers types its dataclasses in a way that mypy cannot match.
 _DATACLASS: Any = TrainConfig
+_NAMES = frozenset(f.name for f in dataclasses.fields(TrainConfig))
 
 
 class _Parser(HfArgumentParser):
@@ -218,28 +289,41 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _arguments_of(path: Path, *, given: Sequence[str]) -> list[str]:
-    """Turn a YAML file into command-line arguments, without the flags that the command line has itself."""
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config ({path}) cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config ({path}) must hold 'name: value' lines")
-    names = set(get_type_hints(TrainConfig))
-    raise_if_any([f"config: {path}: {key} is not a setting; see --help" for key in content if key not in names])
-    on_command_line = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in given if a.startswith("--")}
+    return content
+
+
+def _arguments_of(content: dict[str, Any], *, given: Sequence[str]) -> list[str]:
+    """Turn settings of a YAML file into command-line arguments, without the flags that the command line has itself."""
+    on_command_line = _names_in(given)
     arguments = []
     for key, value in content.items():
-        if value is not None and not {key, f"no_{key}"} & on_command_line:
+        if key in _NAMES and value is not None and key not in on_command_line:
             values = value if isinstance(value, list) else [value]
             arguments += [f"--{key}", *map(str, values)]
     return arguments
 
 
+def _names_in(arguments: Sequence[str]) -> set[str]:
+    """Name the settings that a command line holds."""
+    words = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--"))
+    return {word.removeprefix("no_") for word in words}
+
+
 def ranks_from_environment(config: TrainConfig) -> Ranks:
-    """Say who this process is: as ``deepspeed`` and ``torchrun`` tell it, or alone under plain ``python``."""
+    """Say who this process is: as ``deepspeed`` and ``torchrun`` tell it, or alone under plain ``python``.
+
+    Raises:
+        ConfigError: another launcher has started several processes, each of which would train alone.
+    """
     if "RANK" not in os.environ:
+        raise_if_any(_signs_of_others(config))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -253,3 +337,19 @@ def ranks_from_environment(config: TrainConfig) -> Ranks:
     return Ranks(
         world_rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), local_rank=int(local_rank)
     )
+
+
+def world_rank_from_environment() -> int:
+    """Give this process's place in the run before settings are read; 0 where no launcher has told it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _signs_of_others(config: TrainConfig) -> Iterator[str]:
+    """Say what shows that this process, which has no RANK, is not the only one."""
+    way_out = "RANK is not set, so each process would train alone; start with deepspeed or torchrun"
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            yield f"{name} ({value}) says that there are several processes, and {way_out}"
+    if (config.local_rank or 0) > 0:
+        yield f"local_rank ({config.local_rank}) says that there are several processes, and {way_out}"

@@ -18,7 +18,7 @@ from goat_ds.train.objective import label_loss_sum, objective
 from goat_ds.train.preflight import engine_settings, eval_sources, load_tokenizer, model_name, train_sources
 from goat_ds.zero import checkpoint, ds_config, ranks
 from goat_ds.zero import engine as engines
-from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.decompose import seed_of, start_adapter
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.ranks import Ranks
 
@@ -39,12 +39,8 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
     Raises:
         TrainingError: the run stopped itself; the last checkpoint is whole.
     """
-    torch.manual_seed(config.seed + processes.world_rank)
-    tokenizer = load_tokenizer(model_name(config))
-    tokens = load_tokens(config, processes, tokenizer, train_sources(config), split=config.split)
-    heldout = None
-    if eval_sources(config):
-        heldout = load_tokens(config, processes, tokenizer, eval_sources(config), split=config.eval_split)
+    torch.manual_seed(seed_of(config.seed, f"dropout of rank {processes.world_rank}"))
+    tokens, heldout = load_all_tokens(config, processes)
     plan = batch_plan(config, processes, tokens.packed)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
     engine = build(config, processes, num_steps=num_steps)
@@ -60,7 +56,7 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
                 engine,
                 tuner,
                 micro_batch,
-                num_label_tokens=batch.num_label_tokens,
+                step_batch=batch,
                 num_micro_batches=config.grad_accum_steps * processes.world_size,
             )
             metrics.add(loss, micro_batch, tuner.signal.loads)
@@ -87,6 +83,15 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
     return saved
 
 
+def load_all_tokens(config: TrainConfig, processes: Ranks) -> tuple[Tokens, Tokens | None]:
+    """Give the training data and the held-out data, if there is any. A collective."""
+    tokenizer = load_tokenizer(model_name(config))
+    tokens = load_tokens(config, processes, tokenizer, train_sources(config), split=config.split)
+    if not eval_sources(config):
+        return tokens, None
+    return tokens, load_tokens(config, processes, tokenizer, eval_sources(config), split=config.eval_split)
+
+
 def load_tokens(
     config: TrainConfig,
     processes: Ranks,
@@ -108,6 +113,8 @@ def load_tokens(
         ),
     )
     packed = pack_dataset(tokenised.dataset, max_length=config.max_length, packing=config.packing)
+    if not ranks.same_everywhere(f"{tokenised.report} {packed.num_labels}"):
+        raise ConfigError(f"data ({', '.join(sources)}) is not the same on every node; copy the same files to all")
     say(processes, f"data: {', '.join(sources)}", *tokenised.report.lines(), str(packed.report))
     return Tokens(tokenised.dataset, packed)
 
@@ -135,7 +142,7 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
     base = engines.load_base(
         model_name(config),
         precision=config.precision,
-        attention=engines.choose_attention(config.attn),
+        attention=engines.choose_attention(config.attn, precision=config.precision),
         engine_config=engine_config,
     )
     model = engines.attach_experts(base, config.goat(), engine_config=engine_config)

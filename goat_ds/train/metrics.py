@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ class Metrics:
         self._since = time.monotonic()
         self._tokens_since = 0
         self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=not processes.is_first)
-        self._files = {}
-        if processes.is_first:
-            names = ("metrics", "routers")
-            self._files = {name: (output_dir / f"{name}.jsonl").open("a") for name in names}
+        self._output_dir = output_dir
+        self._files: dict[str, TextIO] = {}
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -110,9 +108,13 @@ class Metrics:
             file.close()
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(json.dumps(line) + "\n")
-            self._files[name].flush()
+        if not self._processes.is_first:
+            return
+        # Made with its first line: a run that fails before it leaves its folder empty, to be used again.
+        if name not in self._files:
+            self._files[name] = (self._output_dir / f"{name}.jsonl").open("a")
+        self._files[name].write(json.dumps(line) + "\n")
+        self._files[name].flush()
 
     def _tell_monitor(self, step: int, line: Mapping[str, float | None]) -> None:
         if self._monitor.enabled and self._processes.is_first:

@@ -2,7 +2,8 @@
 
 The loss of a step is the mean over the label tokens of the whole global batch, whatever their spread over ranks and
 micro-batches. DeepSpeed averages gradients over ranks and micro-batches, so each micro-batch's sum is divided by
-the global number of label tokens and multiplied by the number of micro-batches.
+the global number of label tokens and multiplied by the number of micro-batches. The balance loss of a step is the mean
+over the micro-batches that hold data; fillers, which only keep the ranks in step, have no say in it.
 
 Shape letters: L label positions, V vocabulary.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from goat_ds.data import MicroBatch
+from goat_ds.data import MicroBatch, StepBatch
 
 
 class StepLoss(NamedTuple):
@@ -40,20 +41,22 @@ def label_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
     return functional.cross_entropy(logits_LV, batch.labels[0, batch.label_index], reduction="sum")
 
 
-def objective(engine: Any, tuner: Any, batch: MicroBatch, *, num_label_tokens: int, num_micro_batches: int) -> StepLoss:
+def objective(
+    engine: Any, tuner: Any, micro_batch: MicroBatch, *, step_batch: StepBatch, num_micro_batches: int
+) -> StepLoss:
     """Run one micro-batch forward.
 
     Args:
         engine: The DeepSpeed engine.
         tuner: The ``GoatModel`` inside it.
-        batch: This rank's micro-batch, on the engine's device.
-        num_label_tokens: Label tokens of the whole global batch.
-        num_micro_batches: Micro-batches of the whole global batch, over all ranks.
+        micro_batch: One of this rank's, on the engine's device.
+        step_batch: The step it belongs to.
+        num_micro_batches: Micro-batches of a step over all ranks, fillers included.
     """
-    lm_sum = label_loss_sum(engine, batch)
+    lm_sum = label_loss_sum(engine, micro_batch)
     loads = list(tuner.signal.loads.values())
     balance = torch.stack([load.balance_loss for load in loads]).mean() if loads else lm_sum.new_zeros(())
-    total = lm_sum * (num_micro_batches / num_label_tokens)
-    # A filler keeps the ranks in step and has no say in how tokens are routed.
-    total = tuner.with_balance_loss(total, weight=0.0 if batch.is_filler else 1.0)
+    total = lm_sum * (num_micro_batches / step_batch.num_label_tokens)
+    weight = 0.0 if micro_batch.is_filler else num_micro_batches / step_batch.num_real_micro_batches
+    total = tuner.with_balance_loss(total, weight=weight)
     return StepLoss(total, lm_sum.detach(), balance)

@@ -11,6 +11,8 @@ from goat_ds.errors import ConfigError
 from goat_ds.train.config import TrainConfig
 from goat_ds.zero import ds_config, engine, ranks
 from goat_ds.zero.ds_config import EngineSettings, Precision
+from goat_ds.zero.engine import Attention
+from goat_ds.zero.probe import row_problem
 from goat_ds.zero.ranks import Ranks
 
 
@@ -72,14 +74,29 @@ def problems(config: TrainConfig, processes: Ranks) -> Iterator[str]:
             yield from ds_config.problems(raw, settings)
     if config.precision is Precision.FP16 and not ranks.supports_fp16():
         yield "precision (fp16) is not supported by this device; use bf16 or fp32"
-    yield from _raised_by(lambda: engine.choose_attention(config.attn))
+    yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
     if config.model or config.is_demo:
-        yield from _raised_by(lambda: load_tokenizer(model_name(config)))
         # With wrong numbers the adapter cannot be put anywhere.
-        if not numbers:
-            yield from _raised_by(lambda: engine.rehearse(model_name(config), config.goat()))
+        yield from _model_problems(config, rehearsable=not numbers)
     yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
     yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+
+
+def _model_problems(config: TrainConfig, *, rehearsable: bool) -> Iterator[str]:
+    model, tokenizer = model_name(config), None
+    try:
+        tokenizer = load_tokenizer(model)
+    except ConfigError as error:
+        yield from error.problems
+    unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=tokenizer)))
+    yield from unfit
+    if not unfit:
+        leak = row_problem(model, attention="eager" if config.attn is Attention.EAGER else "sdpa")
+        yield from [leak] if leak else []
+    if rehearsable:
+        # A config that cannot be read is told once.
+        rehearsed = _raised_by(lambda: engine.rehearse(model, config.goat()))
+        yield from (problem for problem in rehearsed if problem not in unfit)
 
 
 def _raised_by(check: Callable[[], Any]) -> Iterator[str]:

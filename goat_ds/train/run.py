@@ -2,15 +2,16 @@
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
 
 from goat_ds.errors import ConfigError, GoatError, raise_if_any
-from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
-from goat_ds.train.loop import say, train
+from goat_ds.train.config import TrainConfig, parse, ranks_from_environment, world_rank_from_environment
+from goat_ds.train.loop import load_all_tokens, say, train
 from goat_ds.train.preflight import problems
-from goat_ds.zero import ranks
+from goat_ds.zero import ds_config, ranks
 from goat_ds.zero.ranks import Ranks
 
 
@@ -19,28 +20,35 @@ def main(arguments: Sequence[str]) -> None:
     # Calls that DeepSpeed and PEFT make, once a step; nothing a user could act on.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    world_rank = world_rank_from_environment()
+    joined = False
     try:
         config = parse(arguments)
         processes = ranks_from_environment(config)
-        ranks.join(processes, timeout_minutes=max(config.timeout_minutes, 1.0))
+        ranks.join(processes, timeout_minutes=config.timeout_minutes)
+        joined = True
         _check_and_train(config, processes)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Every rank sees the same command line; what only one rank has found, that one must say.
+        if world_rank == 0 or (joined and not error.told_everywhere):
             print(f"\n{error}\n", file=sys.stderr)
-        _end(2)
+        _end(2, world_rank)
     except GoatError as error:
-        print(f"\nrank {os.environ.get('RANK', '0')}: {error}\n", file=sys.stderr)
-        _end(1)
+        print(f"\nrank {world_rank}: {error}\n", file=sys.stderr)
+        _end(1, world_rank)
     except Exception:
-        print(f"\nrank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}", file=sys.stderr)
-        _end(1)
+        print(f"\nrank {world_rank}:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1, world_rank)
     ranks.leave()
 
 
 def _check_and_train(config: TrainConfig, processes: Ranks) -> None:
     # Files are read by one process a node; what it finds ends all of them.
     ranks.together(lambda: raise_if_any(problems(config, processes)) if processes.is_first_on_node else None)
+    raw, _ = ds_config.read(str(config.ds_config))
+    say(processes, *(f"warning: {line}" for line in ds_config.warnings(raw)))
     if config.dry_run:
+        load_all_tokens(config, processes)
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
@@ -48,8 +56,11 @@ def _check_and_train(config: TrainConfig, processes: Ranks) -> None:
     say(processes, f"saved {saved}")
 
 
-def _end(code: int) -> None:
+def _end(code: int, world_rank: int) -> None:
     """End now: the other ranks may be waiting for this one in a collective, and leaving it would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if world_rank:
+        # A launcher ends all ranks as soon as one has ended, and the first has the message that all share.
+        time.sleep(2)
     os._exit(code)

@@ -1,5 +1,6 @@
 """What a GOAT adapter is made of: every number METHOD needs, as PEFT stores it in ``adapter_config.json``."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -117,6 +118,9 @@ class GoatConfig(PeftConfig):
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_pattern and self.layers_to_transform is not None:
             yield "layers_to_transform does nothing beside a regular expression in target_modules; write it there"
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str) and (reason := _pattern_problem(pattern)):
+                yield f"{name} ({pattern}) is not a regular expression: {reason}; mend it, or give a list of names"
 
     def _not_numbers(self) -> Iterator[str]:
         for name in ("r", "num_experts", "top_k"):
@@ -135,3 +139,11 @@ class GoatConfig(PeftConfig):
         """Give the fields as ``adapter_config.json`` holds them; a saved adapter is complete, so it is deferred."""
         values = super().to_dict()
         return values | {"deferred": True, **{k: str(v) for k, v in values.items() if isinstance(v, StrEnum)}}
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None

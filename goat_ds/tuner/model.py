@@ -1,6 +1,8 @@
 """GOAT on a whole model: which layers, their start, and the balance loss on its way to the routers."""
 
 import inspect
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -63,23 +66,25 @@ class GoatModel(BaseTuner):
         """Make the layers of one adapter and start it, unless its config is deferred.
 
         Raises:
-            ConfigError: no layer matches, or layers are too small for their experts: all of them, before any SVD.
+            ConfigError: a name matches no layer, or layers are too small for their experts: all of them, before any
+                SVD.
         """
         self._misfits: list[str] = []
         config = self.peft_config[adapter_name]
         if not any(_is_linear(module) for module in model.modules()):
             raise ConfigError("target_modules: the model has no nn.Linear or Conv1D to adapt")
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # What PEFT warns of here is refused below.
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
             if isinstance(error, ConfigError) or "not found in the base model" not in str(error):
                 raise
-            names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
             targets = config.target_modules
             shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-            raise ConfigError(
-                f"target_modules ({shown}) matches no layer; linear layers are: {', '.join(names)}"
-            ) from None
+            raise ConfigError(_matches_no_layer("target_modules", shown, model)) from None
+        self._misfits.extend(_unmatched(config, model))
         if self._misfits:
             self._take_back(adapter_name)
         raise_if_any(self._misfits)
@@ -92,6 +97,13 @@ class GoatModel(BaseTuner):
             self.delete_adapter(adapter_name)
         else:
             super().unload()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT would copy a weight, and a head that is saved whole need not have one of its own.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def start(self, adapter_name: str) -> None:
         """Fill an adapter from base weights that are whole on this process, with a progress bar."""
@@ -309,6 +321,38 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def _unmatched(config: Any, model: nn.Module) -> Iterator[str]:
+    """Say which names of target and exclude lists match no layer, by PEFT's rule: the whole path or its end."""
+    paths = set(_linear_paths(model))
+    # A target that is there and is not linear is a misfit with words of its own.
+    modules = paths | {path for path, _ in model.named_modules()}
+    targets, excluded = config.target_modules, config.exclude_modules or ()
+    if not isinstance(targets, str) and (absent := [name for name in targets if not _ends_any(modules, name)]):
+        yield _matches_no_layer("target_modules", _some_of(absent), model)
+    if isinstance(excluded, str):
+        absent = [] if any(re.fullmatch(excluded, path) for path in paths) else [excluded]
+    else:
+        absent = [name for name in excluded if not _ends_any(paths, name)]
+    if absent:
+        yield _matches_no_layer("exclude_modules", _some_of(absent), model)
+
+
+def _ends_any(paths: set[str], name: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _matches_no_layer(setting: str, value: str, model: nn.Module) -> str:
+    names = sorted({path.rpartition(".")[2] for path in _linear_paths(model)})
+    return f"{setting} ({value}) matches no layer; linear layers are: {', '.join(names)}"
+
+
+def _linear_paths(model: nn.Module) -> Iterator[str]:
+    """Walk over the paths of linear layers, as they were before PEFT wrapped any."""
+    for path, module in model.named_modules():
+        if _is_linear(module):
+            yield path.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _some_of(keys: list[str]) -> str:

@@ -11,9 +11,11 @@ Shape letters: O out features, I in features, R total rank.
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from goat_ds.method.spectrum import Directions, decompose
+from goat_ds.tuner.config import Residual
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
 from goat_ds.zero import partition, ranks
@@ -44,6 +47,20 @@ class StartReport(NamedTuple):
     num_cached: int
     cost_share: float
     seconds: float
+
+
+class Received(NamedTuple):
+    """The layer a rank has in a wave; its whole weight ``[O, I]`` where the start needs one."""
+
+    item: NamedExperts
+    weight_OI: Tensor | None
+
+
+class StartValues(NamedTuple):
+    """An adapter's tensors at the start, in the order of its parameters, and whether the cache knew the directions."""
+
+    values: list[Tensor]
+    from_cache: bool
 
 
 class Assignment(NamedTuple):
@@ -71,15 +88,22 @@ def start_adapter(
     began = time.monotonic()
     items = list(named_experts(model, adapter_name))
     costs = {item.path: _cost(item) for item in items}
-    place = {item.path: number for number, item in enumerate(items)}
     cached = own = 0.0
     bar = tqdm(total=len(items), desc="GOAT start", unit="layer", disable=not processes.is_first)
     for wave in waves(items, world_size=processes.world_size):
-        directions, from_cache = _decompose_mine(wave, processes, cache)
-        cached += from_cache
+        received = _receive_mine(wave, processes)
+        # A rank that fails here would leave the others waiting for its factors.
+        mine = ranks.together(partial(_start_values, received, seed=seed, cache=cache))
+        # The next wave brings the next weight; a rank never holds two.
+        del received
+        cached += mine is not None and mine.from_cache
         for item, owner in wave:
-            own += costs[item.path] * (owner == processes.world_rank)
-            _hand_out(item, owner, directions, processes, seed=seed + place[item.path])
+            here = owner == processes.world_rank
+            own += costs[item.path] * here
+            partition.fill_from(owner, list(item.experts.parameters()), mine.values if mine and here else None)
+            item.experts.ready = True
+            if item.experts.config.residual is Residual.FOLD:
+                _fold(item, owner, adapter_name)
             bar.update()
     bar.close()
     total = ranks.sum_over_ranks(torch.tensor([cached, own]))
@@ -108,34 +132,25 @@ def _weight(item: NamedExperts) -> nn.Parameter:
     return item.layer.get_base_layer().weight  # type: ignore[return-value]
 
 
-def _decompose_mine(wave: list[Assignment], processes: Ranks, cache: Path | None) -> tuple[Directions | None, bool]:
-    """Receive the weight this rank has in the wave, if any, and decompose it; say whether the cache knew it."""
-    mine: tuple[NamedExperts, Tensor] | None = None
+def _receive_mine(wave: list[Assignment], processes: Ranks) -> Received | None:
+    """Give the layer of the wave that is this rank's, with its whole weight where the start needs it. A collective."""
+    mine = None
     for item, owner in wave:
-        if item.experts.config.init.decomposes:
-            whole = partition.whole_on(owner, _weight(item))
-            if whole is not None:
-                mine = (item, whole.T if item.layer.transposed else whole)
-    if mine is None:
-        return None, False
-    item, weight_OI = mine
-    return directions_of(weight_OI, item.experts, cache=cache)
+        whole = partition.whole_on(owner, _weight(item)) if item.experts.config.init.decomposes else None
+        if owner == processes.world_rank:
+            mine = Received(item, whole.T if whole is not None and item.layer.transposed else whole)
+    return mine
 
 
-def _hand_out(item: NamedExperts, owner: int, directions: Directions | None, processes: Ranks, *, seed: int) -> None:
-    """Give the owner's factors to every rank, as shards where the model is sharded."""
+def _start_values(received: Received | None, *, seed: int, cache: Path | None) -> StartValues | None:
+    """Compute a layer's tensors at the start, whole; None for a rank without a layer in the wave."""
+    if received is None:
+        return None
+    item, weight_OI = received
+    directions, from_cache = None, False
+    if weight_OI is not None:
+        directions, from_cache = directions_of(weight_OI, item.experts, cache=cache)
     experts = item.experts
-    values = _values_at_start(experts, directions, seed=seed) if owner == processes.world_rank else None
-    partition.fill_from(owner, list(experts.parameters()), values)
-    experts.ready = True
-    if experts.config.residual == "fold":
-        with partition.gathered(experts.parameters()), partition.written_by(owner, [_weight(item)]):
-            (adapter_name,) = (name for name, e in item.layer.goat_experts.items() if e is experts)
-            item.layer.fold(adapter_name)
-
-
-def _values_at_start(experts: GoatExperts, directions: Directions | None, *, seed: int) -> list[Tensor]:
-    """Compute whole tensors for an adapter that may be sharded, in the order of its parameters."""
     whole = GoatExperts(
         experts.config,
         name=experts.name,
@@ -145,9 +160,20 @@ def _values_at_start(experts: GoatExperts, directions: Directions | None, *, see
         signal=experts.signal,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(seed, item.path))
         whole.start(directions)
-    return [parameter.detach() for parameter in whole.parameters()]
+    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Give something random its own generator: neighbouring seeds and names share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
+
+
+def _fold(item: NamedExperts, owner: int, adapter_name: str) -> None:
+    """Subtract the start's contribution from the base weight on every rank. A collective."""
+    with partition.gathered(item.experts.parameters()), partition.written_by(owner, [_weight(item)]):
+        item.layer.fold(adapter_name)
 
 
 def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None) -> tuple[Directions, bool]:
@@ -207,13 +233,14 @@ def _write(entry: Path, directions: Directions) -> None:
     """Write a cache entry whole or not at all, whoever else writes the same one; say so if the disk refuses."""
     tensors = {name: tensor.cpu() for name, tensor in directions._asdict().items()}
     content = save(tensors, metadata={"sha256": _checksum(directions)})
-    # The process id alone is not unique where nodes share a disk.
-    temporary = entry.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
+    temporary = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(entry)
+        descriptor, temporary = tempfile.mkstemp(prefix=f"{entry.stem}.", suffix=".tmp", dir=entry.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, entry)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        with suppress(OSError, TypeError):
+            os.unlink(temporary)  # type: ignore[arg-type]
         tqdm.write(f"SVD cache: {entry} was not written ({error}); the next run decomposes this layer again")

@@ -1,6 +1,7 @@
 """A DeepSpeed config file and the flags of a run, made one: "auto" is filled in, a contradiction is refused."""
 
 import copy
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,32 @@ from pathlib import Path
 from typing import Any
 
 AUTO = "auto"
+
+BLOCKS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile",
+    "csv_monitor", "data_efficiency", "data_types", "datastates_ckpt", "expert_parallel",
+    "flops_profiler", "fp16", "hybrid_engine", "optimizer", "pipeline", "scheduler", "tensor_parallel", "tensorboard",
+    "timers", "torch_autocast", "wandb", "weight_quantization", "zero_optimization",
+})  # fmt: skip
+"""Keys of DeepSpeed 0.19.8 that hold an object."""
+
+KNOWN_KEYS = BLOCKS | frozenset({
+    "allgather_size", "communication_data_type", "dataloader_drop_last", "disable_allgather",
+    "disable_python_gc", "dump_state", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "log_level", "managed_gradient_accumulation", "memory_breakdown", "prescale_gradients",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+})  # fmt: skip
+"""Top-level keys of DeepSpeed 0.19.8, which itself ignores any other."""
+
+UNTRIED = frozenset({
+    "autotuning", "compile", "data_efficiency", "expert_parallel", "hybrid_engine", "pipeline",
+    "sequence_parallel_size", "tensor_parallel", "torch_autocast", "weight_quantization",
+})  # fmt: skip
+"""Top-level keys that change what a run computes and that no test of ours uses."""
+
+UNTRIED_ZERO = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
 
 
 class Precision(StrEnum):
@@ -55,7 +82,27 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"ds_config: {path} line {error.lineno}: not JSON ({error.msg})"]
     if not isinstance(content, dict):
         return {}, [f"ds_config: {path} holds no JSON object"]
-    return content, []
+    return content, list(_wrong_types(content))
+
+
+def _wrong_types(ds_config: dict[str, Any]) -> Iterator[str]:
+    zero, optimizer = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {})
+    blocks = {name: ds_config[name] for name in sorted(BLOCKS & ds_config.keys())}
+    if isinstance(zero, dict):
+        names = ("offload_optimizer", "offload_param")
+        blocks |= {f"zero_optimization.{name}": zero[name] for name in names if name in zero}
+        if type(zero.get("stage", 0)) is not int:
+            yield f"ds_config: zero_optimization.stage ({_shown(zero['stage'])}) must be 0, 1, 2 or 3"
+    if isinstance(optimizer, dict) and "params" in optimizer:
+        blocks["optimizer.params"] = optimizer["params"]
+    for name, value in blocks.items():
+        if not isinstance(value, dict):
+            yield f"ds_config: {name} ({_shown(value)}) must be a JSON object, {{...}}; or leave it out"
+
+
+def _shown(value: Any) -> str:
+    """Give a value as the file has it."""
+    return json.dumps(value)
 
 
 def stage(ds_config: dict[str, Any]) -> int:
@@ -92,8 +139,8 @@ def fill(ds_config: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
 
 def problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
     """Say, one line each, where the config contradicts the flags or asks for what is not supported."""
-    if stage(ds_config) not in (0, 1, 2, 3):
-        yield f"ds_config: zero_optimization.stage ({stage(ds_config)}) must be 0, 1, 2 or 3"
+    yield from _unknown_keys(ds_config)
+    yield from _zero_problems(ds_config, settings)
     enabled = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled") is True]
     if len(enabled) == 2:
         yield "ds_config: bf16.enabled and fp16.enabled are both true; keep one, or set both to auto"
@@ -113,8 +160,48 @@ def problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[st
             yield f"ds_config: optimizer.params.{name} ({given}) contradicts the flags ({value}); set it to auto"
     if "scheduler" in ds_config:
         yield "ds_config: scheduler is set by --lr_scheduler and --warmup_steps; leave the block out"
-    if ds_config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
-        yield "ds_config: zero_optimization.offload_param.device (nvme) is not supported; use cpu"
+
+
+def warnings(ds_config: dict[str, Any]) -> Iterator[str]:
+    """Say, one line each, what the config asks for that has not been tried with this trainer."""
+    for name in sorted(UNTRIED & ds_config.keys()):
+        if _is_on(ds_config[name]):
+            yield f"ds_config: {name} has not been tested with goat_ds; compare the first losses with a run without it"
+    zero = ds_config.get("zero_optimization", {})
+    for name in UNTRIED_ZERO:
+        if _is_on(zero.get(name, False)):
+            # Reports of a loss of zero and of zero gradients: DeepSpeed issues 5059, 6889.
+            yield (
+                f"ds_config: zero_optimization.{name} ({_shown(zero[name])}) has not been tested with goat_ds; watch "
+                "that loss and grad_norm do not become 0"
+            )
+    if "activation_checkpointing" in ds_config:
+        yield "ds_config: activation_checkpointing has no effect on this model; use --gradient_checkpointing"
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a block is enabled, a switch is true, or a size is above one."""
+    if isinstance(value, dict):
+        return bool(value.get("enabled", value))
+    return value is True or (isinstance(value, int) and value > 1)
+
+
+def _unknown_keys(ds_config: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(ds_config.keys() - KNOWN_KEYS):
+        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+        way_out = f"did you mean {near[0]}?" if near else "leave it out"
+        yield f"ds_config: {key} is not a key of DeepSpeed's; {way_out}"
+
+
+def _zero_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
+    zero = ds_config.get("zero_optimization", {})
+    if stage(ds_config) not in (0, 1, 2, 3):
+        yield f"ds_config: zero_optimization.stage ({stage(ds_config)}) must be 0, 1, 2 or 3"
+    if stage(ds_config) == 0 and settings.precision is Precision.FP32:
+        yield "ds_config: zero_optimization.stage (0) reports no gradient norm in precision fp32; use stage 1"
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device") == "nvme":
+            yield f"ds_config: zero_optimization.{name}.device (nvme) is not supported; use cpu"
 
 
 def _batch_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """From a base model on disk to a DeepSpeed engine that trains GOAT experts on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -8,11 +8,11 @@ import deepspeed
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.zero import ds_config, partition, ranks
 from goat_ds.zero.ds_config import Precision
@@ -38,12 +38,14 @@ class Checkpointing(StrEnum):
     NON_REENTRANT = "non_reentrant"
 
 
-def choose_attention(wanted: Attention) -> Attention:
+def choose_attention(wanted: Attention, *, precision: Precision) -> Attention:
     """Settle ``auto``.
 
     Raises:
-        ConfigError: FlashAttention-2 was asked for and is not there.
+        ConfigError: FlashAttention-2 was asked for and is not there, or does not compute in ``precision``.
     """
+    if wanted is Attention.FLASH_ATTENTION_2 and precision is Precision.FP32:
+        raise ConfigError("attn (flash_attention_2) has no precision fp32; use precision bf16 or fp16, or attn sdpa")
     available = ranks.has_cuda() and is_flash_attn_2_available()
     if wanted is Attention.FLASH_ATTENTION_2 and not available:
         raise ConfigError(
@@ -51,8 +53,54 @@ def choose_attention(wanted: Attention) -> Attention:
             "use attn auto or sdpa"
         )
     if wanted is Attention.AUTO:
-        return Attention.FLASH_ATTENTION_2 if available else Attention.SDPA
+        return Attention.FLASH_ATTENTION_2 if available and precision is not Precision.FP32 else Attention.SDPA
     return wanted
+
+
+def check_base(model: str, *, max_length: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """See whether the base can hold what it will be given, by its config alone.
+
+    Raises:
+        ConfigError: the base is quantised, its positions end before ``max_length``, or its embedding has no row for a
+            token; all of it, or that the config cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
+    raise_if_any(_misfits_of_base(model, config, max_length=max_length, tokenizer=tokenizer))
+
+
+def _misfits_of_base(
+    model: str, config: Any, *, max_length: int, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    if quantisation := getattr(config, "quantization_config", None):
+        method = quantisation.get("quant_method", "unknown method") if isinstance(quantisation, dict) else quantisation
+        yield f"model ({model}) is quantised ({method}), which experts cannot start from; use the unquantised base"
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        yield f"max_length ({max_length}) is above the model's max_position_embeddings ({positions}); lower it"
+    num_rows = getattr(text, "vocab_size", None)
+    if tokenizer is None or num_rows is None:
+        return
+    token, highest = max(_tokens_in_use(tokenizer), key=lambda item: item[1], default=("", -1))
+    if highest >= num_rows:
+        yield (
+            f"model ({model}): its tokenizer's highest token id ({highest}, {token!r}) has no row in the embedding "
+            f"(vocab_size {num_rows}); use the tokenizer the base came with, or resize the base's embedding"
+        )
+
+
+def _tokens_in_use(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:
+    """Walk over the tokens that ordinary text, the template or the ends of a record can bring."""
+    added = set(tokenizer.get_added_vocab())
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    for token, row in tokenizer.get_vocab().items():
+        # Text-only Gemma 3 ships with the token of an image, one past its last row; nothing but its own name brings it.
+        if token not in added or token in ends or token in template:
+            yield token, row
 
 
 def rehearse(model: str, goat: GoatConfig) -> None:
@@ -86,6 +134,8 @@ def load_base(model: str, *, precision: Precision, attention: Attention, engine_
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[precision], attn_implementation=str(attention))
     base.goat_sharding = sharding
     base.config.use_cache = False
+    # from_pretrained gives a model in eval mode, in which transformers neither recomputes activations nor drops out.
+    base.train()
     return base
 
 
@@ -105,7 +155,7 @@ def enable_checkpointing(model: PeftModel, kind: Checkpointing) -> None:
     if kind is Checkpointing.NONE:
         return
     base: Any = model.get_base_model()
-    base.gradient_checkpointing_enable({"use_reentrant": kind is Checkpointing.REENTRANT})
+    base.activation_checkpointing_enable({"use_reentrant": kind is Checkpointing.REENTRANT})
     # The embedding is frozen: without this nothing inside a reentrant checkpoint would need a gradient.
     base.enable_input_require_grads()
 

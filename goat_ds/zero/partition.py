@@ -4,7 +4,7 @@ Every helper does nothing, rather than something else, on a parameter that is wh
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import deepspeed
 import torch
@@ -28,7 +28,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 @contextmanager
 def partitioned_at_birth(ds_config: dict[str, object], *, stage: int) -> Iterator[None]:
     """Shard the parameters of every module built inside, at once, under ZeRO-3; nothing under lower stages."""
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+    with deepspeed.zero.Init(config_dict_or_path=ds_config) if stage == 3 else nullcontext():
         yield
 
 
@@ -47,7 +47,11 @@ def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[
         yield
     for parameter in parameters:
         if not is_partitioned(parameter):
-            torch.distributed.broadcast(parameter.data, src=world_rank)
+            # A whole model may still wait on the host, where NCCL cannot reach it.
+            written = parameter.detach().to(ranks.device())
+            torch.distributed.broadcast(written, src=world_rank)
+            with torch.no_grad():
+                parameter.copy_(written)
 
 
 @torch.no_grad()
@@ -82,7 +86,7 @@ def whole_on(world_rank: int, parameter: nn.Parameter) -> Tensor | None:
     """
     here = torch.distributed.get_rank() == world_rank
     if not is_partitioned(parameter):
-        return parameter.detach().clone() if here else None
+        return parameter.detach().to(ranks.device(), copy=True) if here else None
     shard = parameter.ds_tensor.to(ranks.device())  # type: ignore[attr-defined]
     whole = torch.empty(shard.numel() * torch.distributed.get_world_size(), dtype=shard.dtype, device=shard.device)
     torch.distributed.gather(shard, list(whole.split(shard.numel())) if here else None, dst=world_rank)

@@ -3,6 +3,7 @@
 CPU with gloo and GPU with NCCL differ in what DeepSpeed's accelerator picks, nowhere here.
 """
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,7 +97,17 @@ def max_over_ranks(value: float) -> float:
 
 def peak_memory_gib() -> float:
     """Give the most memory this process has held: of its device, or resident on a CPU."""
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed's CPU accelerator looks only when it is asked; the kernel keeps the true peak, in KiB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return float(get_accelerator().max_memory_allocated()) / 2**30
+
+
+def same_everywhere(value: str) -> bool:
+    """Whether every rank has the same value. A collective."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return len(set(values)) == 1
 
 
 def together(work: Callable[[], T]) -> T:
@@ -115,6 +126,7 @@ def together(work: Callable[[], T]) -> T:
     torch.distributed.all_gather_object(told, _portable(error))
     for rank, problem in enumerate(told):
         if isinstance(problem, ConfigError):
+            problem.told_everywhere = True
             raise problem from error
         if problem is not None:
             raise TrainingError(f"rank {rank} failed: {problem}") from error

@@ -1,13 +1,16 @@
 """Flags and YAML become settings, or one message."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Start
-from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
+from goat_ds.train.config import Schedule, TrainConfig, parse, ranks_from_environment
 from goat_ds.zero.ds_config import Precision
 
 
@@ -53,7 +56,7 @@ def test_unknown_keys_of_the_yaml_file_are_named_all_at_once(tmp_path: Path) -> 
     path = tmp_path / "run.yaml"
     path.write_text("rank: 3\nexperts: 4\n")
     with pytest.raises(ConfigError) as raised:
-        parse(["--config", str(path)])
+        parse(["--config", str(path), "--ds_config", "zero3.json"])
     assert len(raised.value.problems) == 2
     assert "rank is not a setting" in raised.value.problems[0]
 
@@ -90,12 +93,35 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
 
 
 def test_a_process_alone_is_a_run_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    forget_launchers(monkeypatch)
+    alone = ranks_from_environment(TrainConfig())
+    assert (alone.world_rank, alone.world_size, alone.local_rank) == (0, 1, 0)
+
+
+def forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*ours, "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         # Set first, so that what the function sets is undone after the test.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    alone = ranks_from_environment(TrainConfig())
-    assert (alone.world_rank, alone.world_size, alone.local_rank) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_several_processes_of_a_launcher_that_sets_no_rank_do_not_train_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_launchers(monkeypatch)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match=rf"{name} \(4\) says .*start with deepspeed or torchrun"):
+        ranks_from_environment(TrainConfig())
+    monkeypatch.setenv(name, "1")
+    assert ranks_from_environment(TrainConfig()).world_size == 1
+
+
+def test_a_second_local_rank_without_a_rank_does_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_launchers(monkeypatch)
+    with pytest.raises(ConfigError, match=r"local_rank \(1\) says .*start with deepspeed or torchrun"):
+        ranks_from_environment(TrainConfig(local_rank=1))
 
 
 def test_the_launchers_local_rank_is_taken_from_flag_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +142,88 @@ def test_the_demo_brings_settings_of_its_own_and_any_flag_wins(tmp_path: Path) -
     from_file = parse(["--config", str(path)])
     assert (from_file.learning_rate, from_file.max_length) == (3e-5, 512)
     assert parse(["--model", "m", "--data", "d"]).learning_rate == TrainConfig().learning_rate
+
+
+def goat_of(*arguments: str) -> tuple[Any, Any]:
+    goat = parse(["--ds_config", "zero3.json", *arguments]).goat()
+    return goat.target_modules, goat.exclude_modules
+
+
+def test_one_word_that_is_no_name_is_a_pattern_and_names_stay_names() -> None:
+    assert goat_of("--target_modules", "all-linear") == ("all-linear", None)
+    assert goat_of("--target_modules", r".*\.[01]\..*_proj", "--exclude_modules", ".*k_proj") == (
+        r".*\.[01]\..*_proj", ".*k_proj",
+    )  # fmt: skip
+    assert goat_of("--target_modules", "self_attn.q_proj") == ({"self_attn.q_proj"}, None)
+    assert goat_of("--target_modules", "q_proj", "v_proj") == ({"q_proj", "v_proj"}, None)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_every_schedule_rises_to_the_peak_and_stays_below_it(schedule: Schedule) -> None:
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=4, num_training_steps=12)
+    rates = []
+    for _ in range(12):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == ([1.0] * 5 if schedule is Schedule.CONSTANT else [0.0, 0.25, 0.5, 0.75, 1.0])
+    assert all(0 <= later <= earlier for earlier, later in pairwise(rates[4:]))
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy", "warmup_stable_decay", "cosine_with_min_lr"])
+def test_a_schedule_that_needs_more_than_steps_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--lr-scheduler: invalid choice: '{name}'"):
+        parse(["--lr_scheduler", name])
+
+
+def test_a_number_that_its_schedule_cannot_use_is_refused() -> None:
+    assert problems(lr_scheduler=Schedule.CONSTANT, warmup_steps=5) == [
+        "warmup_steps (5) has no effect with lr_scheduler constant; use constant_with_warmup"
+    ]
+    (found,) = problems(lr_scheduler=Schedule.POLYNOMIAL, learning_rate=1e-8)
+    assert found.startswith("learning_rate (1e-08) must be above 1e-07")
+
+
+def test_a_wait_of_less_than_a_minute_is_refused() -> None:
+    assert problems(timeout_minutes=0.5) == ["timeout_minutes (0.5) must be at least 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lora_alpha 16", r"lora_alpha \(16.0\) has no effect with scaling theory"),
+        ("--scaling rslora --eta 2", r"eta \(2.0\) has no effect with scaling rslora"),
+        ("--init zero --rho 5", r"rho \(5.0\) has no effect with init zero"),
+        ("--init zero --residual fold", r"residual \(fold\) has no effect with init zero"),
+        ("--num_experts 1 --top_k 1 --balance_coef 0.1", r"balance_coef \(0.1\) has no effect with num_experts 1"),
+    ],
+)
+def test_a_flag_that_another_makes_useless_is_refused_when_it_is_given(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(["--ds_config", "zero3.json", *arguments.split()])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--scaling rslora --lora_alpha 16", "--eta 2", "--init zero", "--num_experts 1 --top_k 1 --balance_coef 0"],
+)
+def test_a_flag_with_an_effect_and_a_default_without_one_are_fine(arguments: str) -> None:
+    assert not list(parse(["--ds_config", "zero3.json", *arguments.split()]).problems())
+
+
+def test_a_useless_key_of_the_yaml_file_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("lora_alpha: 16\n")
+    with pytest.raises(ConfigError, match=r"lora_alpha \(16.0\) has no effect"):
+        parse(["--config", str(path), "--ds_config", "zero3.json"])
+
+
+def test_unknown_keys_unknown_flags_and_wrong_numbers_come_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rank: 3\n")
+    with pytest.raises(ConfigError) as raised:
+        parse(["--config", str(path), "--ds_config", "zero3.json", "--lerning_rate", "1", "--max_length", "1"])
+    assert [problem.removeprefix(f"config: {path}: ").split()[0] for problem in raised.value.problems] == [
+        "rank", "--lerning_rate", "max_length",
+    ]  # fmt: skip

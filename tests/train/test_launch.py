@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from goat_ds import demo
 from tests.launching import REPOSITORY, cpu_environment, free_port, losses_of, metrics_of
@@ -148,17 +150,34 @@ def test_torchrun_and_plain_python_run_the_same_program(run: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_leaves_the_last_checkpoint_whole(
+    tmp_path: Path,
+) -> None:
+    # The first step throws the weights far away; the second has no finite loss.
+    flags = ["--output_dir", str(tmp_path / "run"), "--learning_rate", "1e30", "--save_steps", "1"]
+    done = launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
+    assert done.returncode == 1
+    saved = tmp_path / "run" / "checkpoint-1"
+    assert re.search(rf"the loss of step 2 is (nan|inf).*; the last checkpoint is {saved}", done.stderr), done.stderr
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-1"]
+    base = AutoModelForCausalLM.from_pretrained(demo.base_path())
+    PeftModel.from_pretrained(base, str(saved / "adapter"))
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_finds_is_said_and_ends_all(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(demo.base_path(), base)
     weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"].fill_(float("nan"))
+    # Dearest first: of the two layers of the first wave the second rank gets the second.
+    weights["model.layers.0.mlp.up_proj.weight"].zero_()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     flags = ["--model", str(base), "--data", str(demo.train_data()), "--output_dir", str(tmp_path / "run")]
-    done = launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
-    assert done.returncode == 1
-    assert "the loss of step 1 is nan" in done.stderr
-    assert not list((tmp_path / "run").glob("checkpoint*"))
+    done = deepspeed_launch(*TRAIN, *SHORT, *caches(tmp_path), *flags, "--adaptive_scale")
+    assert done.returncode != 0
+    assert "adaptive_scale divides" in done.stdout + done.stderr, done.stderr
+    # The folder is still empty, so the mended run may use it.
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow

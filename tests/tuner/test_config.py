@@ -63,6 +63,7 @@ def test_all_problems_of_a_config_come_in_one_message() -> None:
         ({"balance_coef": "1e-3"}, r"balance_coef \('1e-3'\) must be a number"),
         ({"init": "Goat"}, r"init \(Goat\) must be one of goat, goat_mini, pissa, milora, pissa_milora, zero"),
         ({"init": "zero", "adaptive_scale": True}, "adaptive_scale needs a start with singular values"),
+        ({"target_modules": "*q_proj"}, r"target_modules \(\*q_proj\) is not a regular expression: nothing to repeat"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 0}, "beside a regular expression in target_modules"),
     ],
 )

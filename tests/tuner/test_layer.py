@@ -124,6 +124,37 @@ def test_a_target_that_matches_nothing_lists_the_candidates() -> None:
         goat(target_modules=["query"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_modules": ["q_proj", "k_porj"]}, r"target_modules \(k_porj\)"),
+        ({"exclude_modules": ["lm_haed"]}, r"exclude_modules \(lm_haed\)"),
+        ({"exclude_modules": ["k_proj", "self_attn"]}, r"exclude_modules \(self_attn\)"),
+        ({"exclude_modules": ".*k_porj"}, r"exclude_modules \(\.\*k_porj\)"),
+    ],
+)
+def test_a_name_that_matches_nothing_beside_others_that_do_is_refused(settings: dict[str, Any], words: str) -> None:
+    model = causal_lm()
+    with pytest.raises(ConfigError, match=f"{words} matches no layer; linear layers are: down_proj, .*k_proj, lm_head"):
+        goat(model, **settings)
+    assert not any(isinstance(module, GoatLayer) for module in model.modules())
+
+
+def test_a_classifier_whose_adapter_does_not_fit_is_given_back_as_it_was() -> None:
+    model = sequence_classifier()
+    with pytest.raises(ConfigError, match=r"exclude_modules \(querry\) matches no layer"):
+        goat(model, task_type="SEQ_CLS", exclude_modules=["querry"])
+    assert torch.equal(logits(model), logits(sequence_classifier()))
+    assert isinstance(model.classifier.dense, nn.Linear)
+
+
+def test_names_are_found_again_on_a_base_that_has_an_adapter_already() -> None:
+    settings = {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.self_attn.k_proj", "lm_head"]}
+    model = goat(**settings, modules_to_save=["lm_head"])
+    model.add_adapter("second", GoatConfig(**SMALL, **settings))
+    assert len(experts_of(model)) == 2 * 3
+
+
 def test_all_layers_that_do_not_fit_come_in_one_message_and_the_base_is_left_as_it_was() -> None:
     base = causal_lm()
     with pytest.raises(ConfigError, match="lower r, or put it in exclude_modules") as caught:

@@ -99,11 +99,14 @@ def test_a_file_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> No
 
 
 def test_a_file_for_a_larger_model_is_refused_by_what_is_too_much(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved(tmp_path / "paths")
+    saved(tmp_path / "names", target_modules=["q_proj", "v_proj"])
     small = causal_lm()
     del small.model.layers[1]
-    with pytest.raises(RuntimeError, match=r"has no place for: .*layers\.1\..* and 27 more"):
-        PeftModel.from_pretrained(small, tmp_path)
+    with pytest.raises(ConfigError, match=r"target_modules \(model\.layers\.1\..*\) matches no layer"):
+        PeftModel.from_pretrained(small, tmp_path / "paths")
+    with pytest.raises(RuntimeError, match=r"has no place for: .*layers\.1\..* and 2 more"):
+        PeftModel.from_pretrained(small, tmp_path / "names")
 
 
 def test_half_a_file_over_a_whole_adapter_is_refused(tmp_path: Path) -> None:

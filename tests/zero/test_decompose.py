@@ -1,6 +1,7 @@
 """Decompositions are shared out, cached by content, and the same on any ranks and stage."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,21 @@ def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path:
     assert "is damaged" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(computed, again, strict=True))
     assert decompose.directions_of(weight, experts, cache=tmp_path)[1]
+
+
+def test_many_writers_of_one_entry_leave_one_whole_entry_and_nothing_else(tmp_path: Path) -> None:
+    weight, experts = one_layer()
+    with ThreadPoolExecutor(8) as writers:
+        found = list(writers.map(lambda _: decompose.directions_of(weight, experts, cache=tmp_path)[0], range(8)))
+    assert len(list(tmp_path.iterdir())) == 1
+    again, was_cached = decompose.directions_of(weight, experts, cache=tmp_path)
+    assert was_cached
+    assert all(torch.equal(a, b) for other in found for a, b in zip(other, again, strict=True))
+
+
+def test_neighbouring_seeds_and_layers_share_no_generator() -> None:
+    seeds = {decompose.seed_of(seed, name) for seed in range(20) for name in ("a", "b", "c")}
+    assert len(seeds) == 60
 
 
 def test_another_weight_or_start_is_another_entry(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
 
 from goat_ds.zero import ds_config
 from goat_ds.zero.ds_config import EngineSettings, Precision
@@ -69,8 +70,55 @@ def test_a_missing_file_and_bad_json_are_named(tmp_path: Path) -> None:
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set by --lr_scheduler"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage (4) must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "(nvme) is not supported"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device (nvme) is not"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping is not a key of DeepSpeed's; did you mean gradient_clipping?"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is not a key of DeepSpeed's; did you mean bf16?"),
+        ({"xyzzy": 1}, "xyzzy is not a key of DeepSpeed's; leave it out"),
     ],
 )
 def test_a_contradiction_is_refused_in_one_line(config: dict[str, Any], expected: str) -> None:
     (problem,) = problems(config)
     assert expected in problem
+
+
+def test_no_sharding_in_fp32_is_refused_for_it_has_no_gradient_norm() -> None:
+    (problem,) = problems({}, precision=Precision.FP32)
+    assert "zero_optimization.stage (0) reports no gradient norm in precision fp32; use stage 1" in problem
+    assert not problems({}) and not problems({"zero_optimization": {"stage": 1}}, precision=Precision.FP32)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"bf16": True}, "bf16 (true) must be a JSON object"),
+        ({"zero_optimization": 3}, "zero_optimization (3) must be a JSON object"),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage ("auto") must be 0, 1, 2 or 3'),
+        ({"zero_optimization": {"offload_param": "cpu"}}, 'zero_optimization.offload_param ("cpu") must be'),
+        ({"optimizer": {"params": []}}, "optimizer.params ([]) must be a JSON object"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_when_the_file_is_read(
+    content: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    (problem,) = ds_config.read(path)[1]
+    assert expected in problem
+
+
+def test_the_known_keys_are_those_that_deepspeed_knows() -> None:
+    ours = {"train_batch_size", "zero_optimization", "csv_monitor", "wandb", "tensorboard", "comms_logger", "aio"}
+    assert ours <= ds_config.KNOWN_KEYS
+    assert not ds_config.KNOWN_KEYS & _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+
+
+def test_what_has_not_been_tried_is_allowed_and_told() -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True}
+    config = {"zero_optimization": zero, "torch_autocast": {"enabled": True}, "activation_checkpointing": {}}
+    assert not problems(config)
+    assert [warning.split()[1] for warning in ds_config.warnings(config)] == [
+        "torch_autocast", "zero_optimization.zero_hpz_partition_size", "zero_optimization.zero_quantized_weights",
+        "activation_checkpointing",
+    ]  # fmt: skip
+    quiet = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}, "torch_autocast": {"enabled": False}}
+    assert not list(ds_config.warnings(quiet))
