@@ -79,8 +79,11 @@ class GoatModel(BaseTuner):
                 warnings.filterwarnings("ignore", message="You have passed exclude_modules")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            if isinstance(error, ConfigError) or "not found in the base model" not in str(error):
+            if isinstance(error, ConfigError):
                 raise
+            if "not found in the base model" not in str(error):
+                # PEFT's own words, such as for targets that are all excluded.
+                raise ConfigError(f"target_modules: {error}") from error
             targets = config.target_modules
             shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
             raise ConfigError(_matches_no_layer("target_modules", shown, model)) from None

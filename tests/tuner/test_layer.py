@@ -248,3 +248,11 @@ def test_a_model_survives_torch_save() -> None:
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     assert torch.equal(logits(loaded), logits(model))
     assert all(experts.signal is loaded.base_model.signal for experts in experts_of(loaded))
+
+
+def test_targets_that_are_all_excluded_are_a_config_error() -> None:
+    config = GoatConfig(r=8, num_experts=4, target_modules=["q_proj"], exclude_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=r"target_modules: No modules were targeted for adaptation"):
+        get_peft_model(
+            causal_lm(), GoatConfig(r=8, num_experts=4, target_modules=["q_proj"], exclude_modules=["q_proj"])
+        )
