@@ -253,6 +253,4 @@ def test_a_model_survives_torch_save() -> None:
 def test_targets_that_are_all_excluded_are_a_config_error() -> None:
     config = GoatConfig(r=8, num_experts=4, target_modules=["q_proj"], exclude_modules=["q_proj"])
     with pytest.raises(ConfigError, match=r"target_modules: No modules were targeted for adaptation"):
-        get_peft_model(
-            causal_lm(), GoatConfig(r=8, num_experts=4, target_modules=["q_proj"], exclude_modules=["q_proj"])
-        )
+        get_peft_model(causal_lm(), config)
