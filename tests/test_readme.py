@@ -13,6 +13,9 @@ from tests.launching import REPOSITORY, cpu_environment
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+SCRIPTS = sorted(
+    str(path.relative_to(REPOSITORY)) for room in ("launch", "benchmarks") for path in (REPOSITORY / room).glob("*.py")
+)
 INLINE = re.findall(r"`([^`\n]+)`", README)
 
 
@@ -68,3 +71,14 @@ def test_the_map_names_every_room_and_nothing_else() -> None:
     named = set(re.findall(r"^ {6}(\w+)(?:/|\.py) ", tree, flags=re.MULTILINE))
     rooms = {path.stem for path in (REPOSITORY / "goat_ds").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert named == rooms - {"__init__", "__pycache__"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", sorted(set(re.findall(r"(?:launch|benchmarks)/\w+\.py", README)) | {"launch/demo.py"})
+)
+def test_every_script_starts(script: str) -> None:
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

@@ -76,3 +76,12 @@ def test_fewer_packs_than_a_global_batch_are_one_short_step_with_the_empty_micro
 def test_dealing_goes_round_the_ranks():
     dealt = [deal(range(7), micro_batch_size=2, num_micro_batches=2, world_rank=r, world_size=2) for r in (0, 1)]
     assert dealt == [[[0, 2], [4, 6]], [[1, 3], [5]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_packs", [1, 3, 8, 13])
+def test_each_rank_knows_how_many_micro_batches_of_all_ranks_hold_a_pack(num_packs, layout):
+    batch_plan = plan(num_packs, layout=layout)
+    for batch in batch_plan.from_step(0, until=3):
+        dealt = [micro for share in shares(batch_plan, batch) for micro in share]
+        assert batch_plan.num_micro_batches(batch) == sum(1 for micro in dealt if micro)
