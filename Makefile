@@ -31,6 +31,8 @@ lint: setup
 bench: setup
 	python benchmarks/layer.py
 	python benchmarks/startup.py
+	python benchmarks/base_4bit_memory.py
+	python benchmarks/base_4bit_step.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -24,10 +24,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from goat_ds import GoatConfig
 from goat_ds.train.config import parse, ranks_from_environment
-from goat_ds.train.preflight import engine_settings
+from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
-from goat_ds.zero import ds_config, partition, ranks
 from goat_ds.zero import engine as engines
+from goat_ds.zero import partition, ranks
 from goat_ds.zero.decompose import start_adapter
 
 TARGETS = {"cold": 0.45, "cached": 0.05}
@@ -76,8 +76,7 @@ def measure(base_folder: Path, *, repeats: int) -> None:
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     processes = ranks_from_environment(config)
     ranks.join(processes, timeout_minutes=30)
-    raw, _ = ds_config.read(str(config.ds_config))
-    filled = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    filled = filled_ds_config(config, processes)
     base = engines.load_base(
         str(base_folder), precision=config.precision, attention=engines.Attention.SDPA, engine_config=filled
     )

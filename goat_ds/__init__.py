@@ -3,15 +3,20 @@
 Importing this package makes GOAT a PEFT method: ``peft.get_peft_model(model, goat_ds.GoatConfig(...))``.
 """
 
-from peft.mapping import (
+import logging
+
+# PEFT imports bitsandbytes, which then advises, once a process, to install a CPU kernel for generation.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from goat_ds.errors import ConfigError, ExportError, GoatError, MergeError, TrainingError
-from goat_ds.tuner.config import GoatConfig, GoatPeftType
-from goat_ds.tuner.model import PREFIX, GoatModel, with_balance_loss
+from goat_ds.errors import ConfigError, ExportError, GoatError, MergeError, TrainingError  # noqa: E402
+from goat_ds.tuner.config import GoatConfig, GoatPeftType  # noqa: E402
+from goat_ds.tuner.model import PREFIX, BaseMismatchWarning, GoatModel, with_balance_loss  # noqa: E402
 
 # PEFT's registering function wants a member of its own enum, so the mappings are filled here.
 PEFT_TYPE_TO_CONFIG_MAPPING[GoatPeftType.GOAT] = GoatConfig  # type: ignore[index]
@@ -19,6 +24,7 @@ PEFT_TYPE_TO_TUNER_MAPPING[GoatPeftType.GOAT] = GoatModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[GoatPeftType.GOAT] = PREFIX  # type: ignore[index]
 
 __all__ = [
+    "BaseMismatchWarning",
     "ConfigError",
     "ExportError",
     "GoatConfig",

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def run_ranks(arguments: list[str], *, world_size: int, timeout: float = 600) ->
     """Run ``python arguments`` on every rank to the end; give what each printed. Any failure fails the test."""
     port = str(free_port())
     running = []
+    # Files and not pipes: a rank that has filled its pipe would wait for the test, which waits for another rank.
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed below)
     for rank in range(world_size):
         environment = cpu_environment(
             RANK=str(rank),
@@ -47,16 +50,21 @@ def run_ranks(arguments: list[str], *, world_size: int, timeout: float = 600) ->
                 [sys.executable, *arguments],
                 env=environment,
                 cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
+                stdout=outputs[rank],
                 stderr=subprocess.STDOUT,
-                text=True,
             )
         )
     try:
-        printed = [process.communicate(timeout=timeout)[0] for process in running]
+        for process in running:
+            process.wait(timeout)
     finally:
         for process in running:
             process.kill()
+    printed = []
+    for output in outputs:
+        with output:
+            output.seek(0)
+            printed.append(output.read())
     for process, text in zip(running, printed, strict=True):
         assert process.returncode == 0, text
     return printed

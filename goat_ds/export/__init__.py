@@ -2,6 +2,8 @@
 
 from goat_ds.export.adapter import export_adapter
 from goat_ds.export.checkpoint import Adapter, find_adapter, read_adapter
+from goat_ds.export.dequantize import MergeBase
 from goat_ds.export.exact import export_exact
+from goat_ds.export.report import Exported
 
-__all__ = ["Adapter", "export_adapter", "export_exact", "find_adapter", "read_adapter"]
+__all__ = ["Adapter", "Exported", "MergeBase", "export_adapter", "export_exact", "find_adapter", "read_adapter"]

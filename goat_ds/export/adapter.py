@@ -7,11 +7,12 @@ from pathlib import Path
 
 from goat_ds.export.base import copy_tokenizer, find_base
 from goat_ds.export.card import adapter_card
-from goat_ds.export.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from goat_ds.export.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from goat_ds.export.folder import check_new, new_folder
+from goat_ds.export.report import Exported, adapter_report
 
 
-def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | None = None) -> Adapter:
+def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | None = None) -> Exported:
     """Copy an adapter to ``output`` for ``PeftModel.from_pretrained``; its tensors are checked and left as they are.
 
     Args:
@@ -20,7 +21,7 @@ def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | No
         base: Folder or hub name of the base; the exported config then names this one.
 
     Returns:
-        The adapter that was exported.
+        The adapter that was exported, and the report that stands beside it.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -32,6 +33,7 @@ def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | No
     found = find_base(adapter, base, weights=False)
     if base:
         adapter = replace(adapter, config=replace(adapter.config, base_model_name_or_path=base))
+    report = adapter_report(adapter, found)
     with new_folder(output) as folder:
         shutil.copyfile(adapter.path / WEIGHTS_NAME, folder / WEIGHTS_NAME)
         values = json.loads((adapter.path / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -40,5 +42,6 @@ def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | No
         # The run may have added tokens or a chat template to the base's tokenizer.
         for source in (found.path, adapter.path):
             copy_tokenizer(source, folder)
-        (folder / "README.md").write_text(adapter_card(adapter, title=output.name), encoding="utf-8")
-    return adapter
+        (folder / "README.md").write_text(adapter_card(adapter, report, title=output.name), encoding="utf-8")
+        report.write(folder)
+    return Exported(adapter, report)

@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from goat_ds.errors import ExportError
 from goat_ds.export.checkpoint import Adapter
 from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
+from goat_ds.tuner.base_quantization import stored_quantization, unreadable
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -39,13 +40,16 @@ class Base:
     """A base model's folder."""
 
     path: Path
+    name: str
+    """What it was asked for by: a folder or a hub name."""
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, as ``AutoModelForCausalLM`` builds it.
 
         Raises:
-            ExportError: transformers has no causal language model for it, or its weights are stored quantised.
+            ExportError: transformers has no causal language model for it, or its weights are stored quantised in a
+                way other than bitsandbytes' 4 bits.
         """
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
@@ -55,12 +59,18 @@ class Base:
             raise ExportError(
                 f"base ({self.path}) is no causal language model that transformers builds; use --mode adapter ({error})"
             ) from error
-        if getattr(config, "quantization_config", None) is not None:
+        stored = stored_quantization(config)
+        if stored is not None and (method := unreadable(stored)):
             raise ExportError(
-                f"base ({self.path}) is stored quantised; exact export writes the weights it finds, so give the "
-                "unquantised model with --base"
+                f"base ({self.path}) is stored quantised ({method}), and exact export reads no quantisation but "
+                "bitsandbytes in 4 bits; give the unquantised model with --base PATH"
             )
         return model
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether its linear layers are stored in bitsandbytes' 4 bits."""
+        return stored_quantization(self.skeleton.config) is not None
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -82,6 +92,15 @@ class Base:
             )
         return {name: tensor for file in files for name, tensor in stored_tensors(file).items()}
 
+    def is_packed(self, key: str) -> bool:
+        """Whether a tensor holds 4-bit values, whose statistics stand beside it."""
+        return f"{key}.absmax" in self.tensors
+
+    def statistics(self, key: str) -> dict[str, StoredTensor]:
+        """Give what bitsandbytes stores beside a packed tensor, under bitsandbytes' names."""
+        prefix = f"{key}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
 
 def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> Base:
     """Give the base in a folder, in the Hugging Face cache or on the hub.
@@ -98,13 +117,13 @@ def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> Ba
     if not name:
         raise ExportError(f"{adapter.path} does not say which base it was trained on; give it with --base PATH")
     if (Path(name) / "config.json").is_file():
-        return Base(Path(name).resolve())
+        return Base(Path(name).resolve(), name)
     patterns = [*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATES_FOLDER}/*", "*.json", *LEGAL_PATTERNS]
     if weights:
         patterns.append("model*.safetensors")
     revision = None if base else adapter.config.revision
     try:
-        return Base(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)))
+        return Base(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)), name)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         origin = "given with --base" if base else f"which {adapter.path} names"
         raise ExportError(

@@ -1,7 +1,6 @@
 """The README.md of an exported folder: what it is, how to load it, and what it was trained with."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.report import ExportReport, hub_name
 
 METHOD = (
     "GOAT ([Make LoRA Great Again](https://arxiv.org/abs/2502.16894)) routes every token through a mixture of low-rank "
@@ -21,9 +21,9 @@ A [PEFT](https://github.com/huggingface/peft) adapter; PEFT knows the method onc
 ```python
 import goat_ds
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {names}
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+{load}
 model = PeftModel.from_pretrained(base, {folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```
@@ -43,35 +43,63 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
 
 
-def adapter_card(adapter: Adapter, *, title: str) -> str:
+def adapter_card(adapter: Adapter, report: ExportReport, *, title: str) -> str:
     """Write the card of an adapter folder."""
-    base = adapter.config.base_model_name_or_path or "base"
-    return _card(adapter, title=title, library="peft", use=ADAPTER_USE.format(base=base, folder=title))
+    use = ADAPTER_USE.format(load=_loading(adapter), names=_names_to_import(adapter), folder=title)
+    return _card(adapter, report, title=title, library="peft", use=use)
 
 
-def exact_card(adapter: Adapter, *, title: str) -> str:
-    """Write the card of an exact folder."""
-    return _card(adapter, title=title, library="transformers", use=EXACT_USE.format(folder=title))
+def _names_to_import(adapter: Adapter) -> str:
+    return "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if adapter.quantization else "")
 
 
-def _card(adapter: Adapter, *, title: str, library: str, use: str) -> str:
-    data = ModelCardData(
-        base_model=_hub_name(adapter), library_name=library, tags=["goat", "lora", "mixture-of-experts"]
+def _loading(adapter: Adapter) -> str:
+    """Write the lines that load the base as it was in training."""
+    base, trained = adapter.config.base_model_name_or_path or "base", adapter.quantization
+    if trained is None:
+        return f"base = AutoModelForCausalLM.from_pretrained({base!r})"
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": trained.packing.quant_type,
+        "bnb_4bit_use_double_quant": trained.packing.double_quant,
+        "bnb_4bit_compute_dtype": trained.compute_dtype,
+    }
+    if trained.kept:
+        settings["llm_int8_skip_modules"] = ["lm_head", *trained.kept]
+    lines = ["quantization = BitsAndBytesConfig(", *(f"    {name}={value!r}," for name, value in settings.items()), ")"]
+    lines.append(
+        f"base = AutoModelForCausalLM.from_pretrained(\n    {base!r}, dtype={trained.dtype!r}, "
+        "quantization_config=quantization\n)"
     )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(adapter))
+    return "\n".join(lines)
+
+
+def exact_card(adapter: Adapter, report: ExportReport, *, title: str) -> str:
+    """Write the card of an exact folder."""
+    return _card(adapter, report, title=title, library="transformers", use=EXACT_USE.format(folder=title))
+
+
+def _card(adapter: Adapter, report: ExportReport, *, title: str, library: str, use: str) -> str:
+    data = ModelCardData(
+        base_model=hub_name(adapter.config.base_model_name_or_path or ""),
+        library_name=library,
+        tags=["goat", "lora", "mixture-of-experts"],
+    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(adapter, report))
     table = f"## Training\n\n| | |\n|---|---|\n{rows}"
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{METHOD}\n\n{use}\n{table}\n"
 
 
-def _hub_name(adapter: Adapter) -> str | None:
-    """Give the base as the hub knows it; a path on the disk of the training machine means nothing there."""
-    name = adapter.config.base_model_name_or_path or ""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
-
-
-def _facts(adapter: Adapter) -> Iterator[tuple[str, Any]]:
+def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
     config = adapter.config
-    yield "base", _hub_name(adapter) or Path(config.base_model_name_or_path or "?").name
+    yield "base", report.base
+    if adapter.quantization:
+        yield (
+            "base in training",
+            f"4-bit ({adapter.quantization.packing}), computed in {adapter.quantization.compute_dtype}",
+        )
+    if report.merge_base:
+        yield "merge_base", f"{report.merge_base}: {report.values}"
     yield "adapted layers", len(adapter.layers)
     if adapter.whole:
         yield "trained whole", ", ".join(adapter.whole)

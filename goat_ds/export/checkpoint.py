@@ -11,9 +11,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export.tensors import StoredTensor, stored_tensors
 from goat_ds.method.scaling import expert_scale
+from goat_ds.method.spectrum import Factors, add_residual_
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, GoatPeftType, Residual
 
 CONFIG_NAME = "adapter_config.json"
@@ -43,6 +48,20 @@ class Adapter:
         """Whether training subtracted the start's contribution from the base weights."""
         return self.config.init.decomposes and self.config.residual is Residual.FOLD
 
+    @property
+    def quantization(self) -> BaseQuantization | None:
+        """How the base was quantised in training; None: not at all."""
+        values = self.config.base_quantization
+        return None if values is None else BaseQuantization.from_dict(values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model in training: as recorded with a 4-bit base, else that of the experts."""
+        if self.quantization is not None:
+            recorded: torch.dtype = getattr(torch, self.quantization.dtype)
+            return recorded
+        return next(iter(self.layers.values()))["A"].dtype
+
     def scale(self, path: str) -> float:
         """Give ``s`` of one layer; with GOAT-s it is the tensor ``s`` that counts."""
         return expert_scale(
@@ -51,6 +70,18 @@ class Adapter:
             expert_rank=self.config.expert_rank,
             eta=self.config.eta,
             lora_alpha=self.config.lora_alpha,
+        )
+
+    def fold_into_(self, weight_OI: Tensor, path: str) -> None:
+        """Subtract the residual ``W_res = Σ_e s_e/E B0_e A0_e`` of one layer from its base weight, as training did."""
+        factors = {name: tensor.read() for name, tensor in self.layers[path].items() if name in ("A0", "B0", "s")}
+        add_residual_(
+            weight_OI,
+            Factors(factors["A0"], factors["B0"]),
+            scale=self.scale(path),
+            scale_E=factors.get("s"),
+            num_experts=self.config.num_experts,
+            times=-1,
         )
 
 

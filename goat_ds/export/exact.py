@@ -15,24 +15,32 @@ from goat_ds.export import modeling_goat
 from goat_ds.export.base import Base, KeyMap, copy_terms, copy_tokenizer, find_base
 from goat_ds.export.card import exact_card
 from goat_ds.export.checkpoint import Adapter, read_adapter
+from goat_ds.export.dequantize import MergeBase, choose_weights
 from goat_ds.export.folder import check_new, new_folder
 from goat_ds.export.layout import check_fit, tensors_to_write, trained_ties
+from goat_ds.export.report import Exported, exact_report
 from goat_ds.export.tensors import StoredTensor, plan_shards, write_shards
 
 
 def export_exact(
-    checkpoint: str | Path, *, output: str | Path, base: str | None = None, max_shard_size: str = "5GB"
-) -> Adapter:
+    checkpoint: str | Path,
+    *,
+    output: str | Path,
+    base: str | None = None,
+    merge_base: MergeBase | None = None,
+    max_shard_size: str = "5GB",
+) -> Exported:
     """Write base weights, experts and modelling code to ``output``; the logits are those of the trained model.
 
     Args:
         checkpoint: An adapter folder, a checkpoint folder, or the output_dir of a run (its newest checkpoint).
         output: A new folder.
         base: Folder or hub name of the base, in place of the one in the adapter's config.
+        merge_base: Which weights of the base are written; None: what the adapter was trained on.
         max_shard_size: Bytes of one weights file, such as ``5GB``.
 
     Returns:
-        The adapter that was exported.
+        The adapter that was exported, and the report that stands beside the weights.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -43,10 +51,13 @@ def export_exact(
     adapter = read_adapter(Path(checkpoint))
     found = find_base(adapter, base, weights=True)
     check_fit(adapter, found.skeleton)
-    tensors = tensors_to_write(adapter, found)
-    config = config_to_write(adapter, found)
+    merge_base = choose_weights(adapter, found, merge_base)
+    tensors = tensors_to_write(adapter, found, merge_base)
+    config = config_to_write(adapter, found, merge_base)
     _check_names(tensors, config)
     shards = plan_shards(tensors, max_shard_size)
+    assert isinstance(config.dtype, torch.dtype)
+    report = exact_report(adapter, found, merge_base=merge_base, dtype=config.dtype)
     with new_folder(output) as folder:
         write_shards(tensors, shards, folder)
         config.save_pretrained(folder)
@@ -55,11 +66,12 @@ def export_exact(
         # The run may have added tokens or a chat template to the base's tokenizer.
         for source in (found.path, adapter.path):
             copy_tokenizer(source, folder)
-        (folder / "README.md").write_text(exact_card(adapter, title=output.name), encoding="utf-8")
-    return adapter
+        (folder / "README.md").write_text(exact_card(adapter, report, title=output.name), encoding="utf-8")
+        report.write(folder)
+    return Exported(adapter, report)
 
 
-def config_to_write(adapter: Adapter, base: Base) -> PreTrainedConfig:
+def config_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> PreTrainedConfig:
     """Give the base's config, with what ``modeling_goat`` needs to know beside it."""
     config = copy.deepcopy(base.skeleton.config)
     config.architectures = [modeling_goat.GoatForCausalLM.__name__]
@@ -71,8 +83,13 @@ def config_to_write(adapter: Adapter, base: Base) -> PreTrainedConfig:
         "top_k": adapter.config.top_k,
         "residual": adapter.config.init.decomposes and not adapter.is_folded,
         "adaptive_scale": adapter.config.adaptive_scale,
+        "merge_base": str(merge_base),
         "layers": {path: adapter.scale(path) for path in adapter.layers},
     }
+    if base.is_4bit:
+        del config.quantization_config
+    if merge_base is MergeBase.DEQUANT_W4:
+        config.dtype = adapter.dtype
     if config.dtype is None:
         # Else transformers takes the first tensor's dtype, which may be that of an expert.
         config.dtype = next(t.dtype for t in base.tensors.values() if t.dtype.is_floating_point)

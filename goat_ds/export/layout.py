@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds.errors import ExportError
 from goat_ds.export.base import Base, KeyMap
 from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.dequantize import MergeBase, dequantized, dequantized_names
 from goat_ds.export.tensors import StoredTensor
 
 
@@ -55,8 +56,13 @@ def _shape_OI(layer: nn.Module) -> tuple[int, ...]:
     return shape[::-1] if isinstance(layer, Conv1D) else shape
 
 
-def tensors_to_write(adapter: Adapter, base: Base) -> dict[str, StoredTensor]:
+def tensors_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> dict[str, StoredTensor]:
     """Lay out the whole checkpoint by name: the base's tensors, those trained in their place, the experts'.
+
+    Args:
+        adapter: What was trained.
+        base: On what; the statistics beside its 4-bit tensors are left behind.
+        merge_base: Whether weights are written as what their 4 bits stand for.
 
     Raises:
         ExportError: the base lacks a layer, or holds it only as part of another tensor.
@@ -64,13 +70,14 @@ def tensors_to_write(adapter: Adapter, base: Base) -> dict[str, StoredTensor]:
     keys = KeyMap(base.skeleton)
     # What the architecture does not read, such as the causal masks in old files, is left behind.
     key_of = {name: key for key in base.tensors if (name := keys.parameter(key))}
-    _check_base_layers(adapter, base, keys, key_of)
+    four_bit = set(dequantized_names(adapter, base, key_of)) if merge_base is MergeBase.DEQUANT_W4 else set()
+    _check_base_layers(adapter, base, keys, key_of, four_bit)
     written = {}
-    for key, tensor in base.tensors.items():
+    for key in base.tensors:
         if name := keys.parameter(key):
             # What transformers assembles on reading, such as the experts of a mixture model, keeps its names on disk.
             to = key if keys.is_converted(key) else _written_name(name, adapter)
-            written[to] = _written_tensor(name, tensor, adapter, base.skeleton)
+            written[to] = _written_tensor(name, key, adapter, base, four_bit)
     for name, tensor in _untied(adapter, base, key_of).items():
         written[_written_name(name, adapter)] = tensor
     for path in adapter.layers:
@@ -78,13 +85,14 @@ def tensors_to_write(adapter: Adapter, base: Base) -> dict[str, StoredTensor]:
     return written
 
 
-def _check_base_layers(adapter: Adapter, base: Base, keys: KeyMap, key_of: dict[str, str]) -> None:
+def _check_base_layers(adapter: Adapter, base: Base, keys: KeyMap, key_of: dict[str, str], four_bit: set[str]) -> None:
     ties = base.skeleton.all_tied_weights_keys
-    for name in [*(f"{path}.weight" for path in adapter.layers), *adapter.whole]:
+    for name in dict.fromkeys([*(f"{path}.weight" for path in adapter.layers), *adapter.whole, *sorted(four_bit)]):
         if name in key_of and keys.is_converted(key_of[name]):
             raise ExportError(
-                f"{name} was trained, and the base's files hold it only as part of {key_of[name]}; write the base as "
-                "its modules are, with save_pretrained(folder, save_original_format=False), and give --base folder"
+                f"{name} was trained or quantised, and the base's files hold it only as part of {key_of[name]}; write "
+                "the base as its modules are, with save_pretrained(folder, save_original_format=False), and give "
+                "--base folder"
             )
         if name not in key_of and name not in ties:
             raise ExportError(f"base ({base.path}) has no tensor for {name}")
@@ -100,24 +108,26 @@ def _written_name(name: str, adapter: Adapter) -> str:
     return f"{path}.base_layer.{leaf}" if path in adapter.layers else name
 
 
-def _written_tensor(name: str, tensor: StoredTensor, adapter: Adapter, skeleton: PreTrainedModel) -> StoredTensor:
+def _written_tensor(name: str, key: str, adapter: Adapter, base: Base, four_bit: set[str]) -> StoredTensor:
     path, _, leaf = name.rpartition(".")
+    tensor = base.tensors[key]
+    if name in adapter.whole:
+        return adapter.whole[name]
+    if name in four_bit:
+        return dequantized(name, key, adapter, base)
     if adapter.is_folded and path in adapter.layers and leaf == "weight":
-        transposed = isinstance(skeleton.get_submodule(path), Conv1D)
-        return StoredTensor(tensor.dtype, tensor.shape, partial(_fold, tensor, adapter, path, transposed))
-    return adapter.whole.get(name, tensor)
+        transposed = isinstance(base.skeleton.get_submodule(path), Conv1D)
+        dtype = adapter.dtype if four_bit else tensor.dtype
+        return StoredTensor(dtype, tensor.shape, partial(_fold, tensor, dtype, adapter, path, transposed))
+    return tensor
 
 
-def _fold(weight: StoredTensor, adapter: Adapter, path: str, transposed: bool) -> Tensor:
-    """Give ``W0 - Σ_e s_e/E B0_e A0_e`` in the weight's dtype, subtracted in fp32 as in training."""
-    factors = {name: tensor.read() for name, tensor in adapter.layers[path].items() if name in ("A0", "B0", "s")}
-    wide = torch.promote_types(factors["A0"].dtype, torch.float32)
-    scale_R: Tensor | float = adapter.scale(path)
-    if "s" in factors:
-        scale_R = factors["s"].to(wide).repeat_interleave(adapter.config.expert_rank)
-    residual_OI = (factors["B0"].to(wide) * (scale_R / adapter.config.num_experts)) @ factors["A0"].to(wide)
-    value = weight.read()
-    return (value.to(wide) - (residual_OI.T if transposed else residual_OI)).to(value.dtype)
+def _fold(weight: StoredTensor, dtype: torch.dtype, adapter: Adapter, path: str, transposed: bool) -> Tensor:
+    """Give ``W0 - W_res`` laid out as the base stores its weight, subtracted in fp32 as in training."""
+    # A copy, because what was read is the file itself.
+    value = weight.read().to(dtype, copy=True)
+    adapter.fold_into_(value.T if transposed else value, path)
+    return value
 
 
 def _experts(adapter: Adapter, path: str) -> Iterator[tuple[str, StoredTensor]]:

@@ -29,6 +29,10 @@ class Start(StrEnum):
         return self is not Start.ZERO
 
 
+VALUES_AT_ONCE = 2**20
+"""How many values of a weight are widened at a time."""
+
+
 class Directions(NamedTuple):
     """Chosen singular triplets, expert after expert: ``weight ≈ u_OR diag(s_R) v_RI`` on those directions."""
 
@@ -142,6 +146,31 @@ def factors_from(directions: Directions, *, scale_R: Tensor | float, rho: float)
     """
     root_R = (directions.s_R / (scale_R * rho)).sqrt()
     return Factors(a_RI=root_R[:, None] * directions.v_RI, b_OR=directions.u_OR * root_R)
+
+
+@torch.no_grad()
+def add_residual_(
+    weight_OI: Tensor, start: Factors, *, scale: float, scale_E: Tensor | None, num_experts: int, times: int
+) -> None:
+    """Add ``times W_res = times Σ_e s_e/E B0_e A0_e`` (Theorem 3.4) to a weight in place.
+
+    In fp32 or better, rounded once, and some rows at a time, so that no product of the weight's size is ever there.
+
+    Args:
+        weight_OI: ``[O, I]``, any strides.
+        start: The factors at the start.
+        scale: ``s``.
+        scale_E: ``s_e`` for GOAT-s, in place of ``scale``; else None.
+        num_experts: ``E``.
+        times: -1 folds the residual into the base weight, 1 takes it out again.
+    """
+    wide = torch.promote_types(start.a_RI.dtype, torch.float32)
+    scale_R: Tensor | float = scale
+    if scale_E is not None:
+        scale_R = scale_E.to(wide).repeat_interleave(len(start.a_RI) // num_experts)
+    a_RI, num_rows = start.a_RI.to(wide), max(1, VALUES_AT_ONCE // weight_OI.shape[1])
+    for rows_OI, b_OR in zip(weight_OI.split(num_rows), start.b_OR.split(num_rows), strict=True):
+        rows_OI.copy_(rows_OI.to(wide) + (b_OR.to(wide) * (times * scale_R / num_experts)) @ a_RI)
 
 
 def zero_start(*, out_features: int, in_features: int, r: int, dtype: torch.dtype, device: torch.device) -> Factors:

@@ -22,9 +22,11 @@ from goat_ds.data import DataFormat
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Start
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
+from goat_ds.tuner.quantized import BLOCK_SIZES, Packing
 from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.engine import Attention, Checkpointing
+from goat_ds.zero.engine import DTYPES, Attention, Checkpointing
 from goat_ds.zero.ranks import Ranks
 
 
@@ -76,6 +78,17 @@ class TrainConfig:
     model: str | None = _flag(None, "base model: folder or hub name; the embedded demo by default")
     precision: Precision = _flag(Precision.BF16, "dtype of weights and products; master weights are fp32 in each")
     attn: Attention = _flag(Attention.AUTO, "attention code; auto is FlashAttention-2 where it and a GPU are there")
+    load_in_4bit: bool = _flag(
+        False, "quantise the frozen base to NF4, layer by layer, once experts have started from it"
+    )
+    bnb_4bit_blocksize: int = _flag(64, "neighbouring values of a 4-bit weight that share a statistic")
+    bnb_4bit_use_double_quant: bool = _flag(False, "quantise the statistics of 4-bit weights too: 4.13 bits, not 4.5")
+    bnb_4bit_compute_dtype: Precision | None = _flag(
+        None, "dtype that 4-bit weights are unpacked to and multiplied in; precision by default"
+    )
+    keep_in_high_precision: list[str] | None = _list_flag(
+        "names of linear layers, or of modules around them, that load_in_4bit leaves as they are"
+    )
     gradient_checkpointing: Checkpointing = _flag(Checkpointing.NONE, "recompute activations in backward, and how")
 
     # -- data
@@ -142,6 +155,19 @@ class TrainConfig:
             values[name] = _names_or_pattern(values[name])
         return GoatConfig(task_type="CAUSAL_LM", **values)
 
+    def quantization(self) -> BaseQuantization | None:
+        """Say how the base becomes 4-bit; None: not at all."""
+        if not self.load_in_4bit:
+            return None
+        dtype = str(DTYPES[self.precision]).removeprefix("torch.")
+        return BaseQuantization(
+            packing=Packing(block_size=self.bnb_4bit_blocksize, double_quant=self.bnb_4bit_use_double_quant),
+            dtype=dtype,
+            weight_dtype=dtype,
+            compute_dtype=str(DTYPES[self.bnb_4bit_compute_dtype or self.precision]).removeprefix("torch."),
+            kept=tuple(self.keep_in_high_precision or ()),
+        )
+
     @property
     def is_demo(self) -> bool:
         """Whether the run trains the embedded demo, because neither model nor data is given."""
@@ -176,6 +202,8 @@ class TrainConfig:
             for name in ("model", "data", "output_dir"):
                 if not getattr(self, name):
                     yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
+        if self.bnb_4bit_blocksize not in BLOCK_SIZES:
+            yield f"bnb_4bit_blocksize ({self.bnb_4bit_blocksize}) must be one of {', '.join(map(str, BLOCK_SIZES))}"
         for name in ("max_steps", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
             if (getattr(self, name) or 0) < 0:
                 yield f"{name} ({getattr(self, name)}) must be at least 0"
@@ -247,8 +275,18 @@ def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
         yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
     if config.init is Start.ZERO and "residual" in given and config.residual is Residual.FOLD:
         yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
+    for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
+        if name in given and not config.load_in_4bit:
+            yield f"{name} ({_shown(getattr(config, name))}) has no effect without load_in_4bit; give both or neither"
     if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
         yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
+
+
+def _shown(value: Any) -> str:
+    """Give a value as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:

@@ -15,11 +15,12 @@ from goat_ds.errors import ConfigError, TrainingError
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.objective import label_loss_sum, objective
-from goat_ds.train.preflight import engine_settings, eval_sources, load_tokenizer, model_name, train_sources
-from goat_ds.zero import checkpoint, ds_config, ranks
+from goat_ds.train.preflight import eval_sources, filled_ds_config, load_tokenizer, model_name, train_sources
+from goat_ds.zero import checkpoint, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.decompose import seed_of, start_adapter
 from goat_ds.zero.ds_config import Precision
+from goat_ds.zero.quantize import measure, recipe_of
 from goat_ds.zero.ranks import Ranks
 
 
@@ -136,23 +137,30 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
         raise ConfigError(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
-    assert config.ds_config is not None
-    raw, _ = ds_config.read(config.ds_config)
-    engine_config = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    engine_config = filled_ds_config(config, processes)
     base = engines.load_base(
         model_name(config),
         precision=config.precision,
         attention=engines.choose_attention(config.attn, precision=config.precision),
         engine_config=engine_config,
+        quantization=config.quantization(),
+        compute_precision=config.bnb_4bit_compute_dtype,
     )
     model = engines.attach_experts(base, config.goat(), engine_config=engine_config)
     report = start_adapter(
-        model, engines.ADAPTER_NAME, processes=processes, seed=config.seed, cache=Path(config.svd_cache)
+        model,
+        engines.ADAPTER_NAME,
+        processes=processes,
+        seed=config.seed,
+        cache=Path(config.svd_cache),
+        recipe=recipe_of(config.quantization(), engine_config=engine_config),
     )
     say(
         processes,
         f"GOAT start: {report.num_layers} layers, {report.num_cached} from the cache, {report.seconds:.1f} s",
     )
+    if (held := measure(model)).num_layers:
+        say(processes, str(held))
     engines.enable_checkpointing(model, config.gradient_checkpointing)
     return engines.build_engine(
         model,

@@ -60,26 +60,52 @@ def engine_settings(config: TrainConfig, *, world_size: int, raw: dict[str, Any]
     )
 
 
+def filled_ds_config(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
+    """Give the run's DeepSpeed config with every "auto" filled in; ``problems`` must have found none."""
+    assert config.ds_config is not None
+    raw, _ = ds_config.read(config.ds_config)
+    return ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+
+
 def problems(config: TrainConfig, processes: Ranks) -> Iterator[str]:
     """Say everything that is wrong, one line each. Reads configs and data, no weights."""
     numbers = list(config.problems())
     yield from numbers
     if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
         yield f"output_dir ({config.folder}) is not empty: it may hold another run; choose another folder"
+    base_is_4bit, told = _check_4bit(config)
     if config.ds_config is not None:
         raw, unreadable = ds_config.read(config.ds_config)
         yield from unreadable
         if not unreadable:
             settings = engine_settings(config, world_size=processes.world_size, raw=raw)
-            yield from ds_config.problems(raw, settings)
-    if config.precision is Precision.FP16 and not ranks.supports_fp16():
-        yield "precision (fp16) is not supported by this device; use bf16 or fp32"
+            yield from ds_config.problems(raw, settings, base_is_4bit=base_is_4bit)
+    if config.bnb_4bit_compute_dtype is not None and not base_is_4bit:
+        yield (
+            f"bnb_4bit_compute_dtype ({config.bnb_4bit_compute_dtype}) has no effect on an unquantised base; use "
+            "load_in_4bit, or leave it out"
+        )
+    for name in ("precision", "bnb_4bit_compute_dtype"):
+        if getattr(config, name) is Precision.FP16 and not ranks.supports_fp16():
+            yield f"{name} (fp16) is not supported by this device; use bf16 or fp32"
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
     if config.model or config.is_demo:
         # With wrong numbers the adapter cannot be put anywhere.
-        yield from _model_problems(config, rehearsable=not numbers)
+        # A config that cannot be read is told once.
+        found = list(_model_problems(config, rehearsable=not numbers))
+        yield from dict.fromkeys([*told, *found])
     yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
     yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+
+
+def _check_4bit(config: TrainConfig) -> tuple[bool, list[str]]:
+    """Say whether the base will be 4-bit, and what is wrong with that."""
+    if not (config.model or config.is_demo):
+        return config.load_in_4bit, []
+    try:
+        return engine.check_4bit(model_name(config), quantization=config.quantization(), residual=config.residual)
+    except ConfigError as error:
+        return config.load_in_4bit, list(error.problems)
 
 
 def _model_problems(config: TrainConfig, *, rehearsable: bool) -> Iterator[str]:
@@ -94,9 +120,8 @@ def _model_problems(config: TrainConfig, *, rehearsable: bool) -> Iterator[str]:
         leak = row_problem(model, attention="eager" if config.attn is Attention.EAGER else "sdpa")
         yield from [leak] if leak else []
     if rehearsable:
-        # A config that cannot be read is told once.
-        rehearsed = _raised_by(lambda: engine.rehearse(model, config.goat()))
-        yield from (problem for problem in rehearsed if problem not in unfit)
+        rehearsed = _raised_by(lambda: engine.rehearse(model, config.goat(), quantization=config.quantization()))
+        yield from rehearsed
 
 
 def _raised_by(check: Callable[[], Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from goat_ds.errors import raise_if_any
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Start
+from goat_ds.tuner.base_quantization import BaseQuantization
 
 
 class GoatPeftType(StrEnum):
@@ -52,6 +53,8 @@ class GoatConfig(PeftConfig):
         modules_to_save: Other modules to train and save whole, such as a classification head.
         layers_to_transform: Indices of the blocks to adapt; None means all.
         layers_pattern: Name of the list of blocks, where PEFT does not guess it.
+        base_quantization: How the base was quantised that the adapter was trained on, as
+            ``quantized.BaseQuantization`` writes it; None: not at all. Recorded when experts start.
         deferred: Leave the factors empty when the layers are made, because they come from an adapter file or from
             shared decomposition. Always true in a saved config, so that loading never repeats an SVD.
     """
@@ -73,6 +76,7 @@ class GoatConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    base_quantization: dict[str, Any] | None = None
     deferred: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +122,8 @@ class GoatConfig(PeftConfig):
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_pattern and self.layers_to_transform is not None:
             yield "layers_to_transform does nothing beside a regular expression in target_modules; write it there"
+        if self.base_quantization is not None:
+            yield from BaseQuantization.problems(self.base_quantization)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(self, name), str) and (reason := _pattern_problem(pattern)):
                 yield f"{name} ({pattern}) is not a regular expression: {reason}; mend it, or give a list of names"

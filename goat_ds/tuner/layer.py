@@ -16,8 +16,17 @@ from goat_ds.errors import ConfigError, MergeError
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal
 from goat_ds.method.scaling import adaptive_scales, expert_scale
-from goat_ds.method.spectrum import Directions, chosen_indices, decompose, factors_from, zero_start
+from goat_ds.method.spectrum import (
+    Directions,
+    Factors,
+    add_residual_,
+    chosen_indices,
+    decompose,
+    factors_from,
+    zero_start,
+)
 from goat_ds.tuner.config import GoatConfig, Residual
+from goat_ds.tuner.quantized import is_4bit, weight_of_4bit
 
 FROZEN = ("A0", "B0", "s")
 MERGE_REFUSAL = (
@@ -41,9 +50,7 @@ class GoatExperts(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.ready = False
         self.folded = False
-        # A quantised base stores integers, which no factor can be.
-        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-        place: dict[str, Any] = {"device": like.device, "dtype": dtype}
+        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         r, num_experts = config.r, config.num_experts
         self.A = nn.Parameter(torch.empty(r, in_features, **place))
         self.B = nn.Parameter(torch.empty(out_features, r, **place))
@@ -107,16 +114,22 @@ class GoatExperts(nn.Module):
         # The stored scale is the one that counts from here on, whatever it was rounded to.
         return self.s.to(directions.s_R).repeat_interleave(self.config.expert_rank)
 
-    @torch.no_grad()
-    def residual_OI(self) -> Tensor | None:
-        """Give ``W_res = Σ_e s_e/E B0_e A0_e`` in fp32 or better ``[O, I]``; None for a start without one."""
-        if self.A0 is None or self.B0 is None:
-            return None
-        wide = torch.promote_types(self.A0.dtype, torch.float32)
-        scale_R: Tensor | float = self.scale
-        if self.s is not None:
-            scale_R = self.s.to(wide).repeat_interleave(self.config.expert_rank)
-        return (self.B0.to(wide) * (scale_R / self.config.num_experts)) @ self.A0.to(wide)
+    @property
+    def folds(self) -> bool:
+        """Whether the start's contribution belongs into the base weight, and not beside it."""
+        return self.config.residual is Residual.FOLD and self.A0 is not None
+
+    def add_residual_(self, weight_OI: Tensor, *, times: int) -> None:
+        """Add ``times`` the residual ``W_res = Σ_e s_e/E B0_e A0_e`` to a weight in place."""
+        assert self.A0 is not None and self.B0 is not None
+        add_residual_(
+            weight_OI,
+            Factors(self.A0, self.B0),
+            scale=self.scale,
+            scale_E=self.s,
+            num_experts=self.config.num_experts,
+            times=times,
+        )
 
     def forward(self, x: Tensor, base: Tensor, *, is_active: bool = True) -> Tensor:
         """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back."""
@@ -222,41 +235,51 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         self.fold(adapter_name)
 
     def weight_OI(self) -> Tensor:
-        """Give the whole base weight ``[O, I]``.
+        """Give the whole base weight ``[O, I]``; what a 4-bit weight stands for, in fp32.
 
         Raises:
             ConfigError: the weight is not here: partitioned, or on the meta device.
         """
-        weight: Any = self.get_base_layer().weight
-        if weight.dim() != 2 or weight.is_meta or not weight.is_floating_point():
+        base: Any = self.get_base_layer()
+        weight = base.weight
+        four_bit = is_4bit(base)
+        if (
+            weight.is_meta
+            or not weight.numel()
+            or (not four_bit and (weight.dim() != 2 or not weight.dtype.is_floating_point))
+        ):
             raise ConfigError(
                 f"the weight under a GOAT adapter is not whole on this process (shape {tuple(weight.shape)}, "
                 f"{weight.dtype}, {weight.device}); train sharded models with launch/train.py, which shares out the "
                 "decomposition"
             )
+        if four_bit:
+            return weight_of_4bit(base)
         return weight.T if self.transposed else weight
+
+    def _writable_weight_OI(self) -> Tensor:
+        if is_4bit(self.get_base_layer()):
+            raise ConfigError(
+                "residual (fold) cannot be added to or taken from a weight that is 4-bit already; load the base again, "
+                "or use residual='lowrank'"
+            )
+        return self.weight_OI()
 
     @torch.no_grad()
     def fold(self, adapter_name: str) -> None:
         """Subtract the start's contribution from the base weight, once, where the config says so."""
         experts = self._experts()[adapter_name]
-        residual_OI = experts.residual_OI()
-        if experts.config.residual is not Residual.FOLD or experts.folded or residual_OI is None:
-            return
-        weight_OI = self.weight_OI()
-        weight_OI.copy_(weight_OI.to(residual_OI.dtype) - residual_OI)
-        experts.folded = True
+        if experts.folds and not experts.folded:
+            experts.add_residual_(self._writable_weight_OI(), times=-1)
+            experts.folded = True
 
     @torch.no_grad()
     def unfold(self, adapter_name: str) -> None:
         """Add back what ``fold`` subtracted; the base is what it was up to one rounding to its dtype."""
         experts = self._experts()[adapter_name]
-        residual_OI = experts.residual_OI()
-        if not experts.folded or residual_OI is None:
-            return
-        weight_OI = self.weight_OI()
-        weight_OI.copy_(weight_OI.to(residual_OI.dtype) + residual_OI)
-        experts.folded = False
+        if experts.folded:
+            experts.add_residual_(self._writable_weight_OI(), times=1)
+            experts.folded = False
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, and from the base what it had folded into it."""

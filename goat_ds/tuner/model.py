@@ -1,5 +1,6 @@
 """GOAT on a whole model: which layers, their start, and the balance loss on its way to the routers."""
 
+import copy
 import inspect
 import re
 import warnings
@@ -19,10 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds.errors import ConfigError, MergeError, raise_if_any
 from goat_ds.method.routing import BalanceSignal, carry_balance, carry_balance_by_log_probs
 from goat_ds.method.spectrum import segment_problem
+from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize, plain_path
 from goat_ds.tuner.config import Residual
 from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer, GoatLinear
+from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, is_8bit, keep_trainable, packing_of
 
 PREFIX = "goat_"
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter is loaded on a base that is quantised in another way than the one it was trained on."""
 
 
 class NamedExperts(NamedTuple):
@@ -88,10 +95,17 @@ class GoatModel(BaseTuner):
             shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
             raise ConfigError(_matches_no_layer("target_modules", shown, model)) from None
         self._misfits.extend(_unmatched(config, model))
+        try:
+            # Before anything starts, and so that an adapter that cannot start is taken back.
+            self._base_quantization()
+        except ConfigError as error:
+            self._misfits.extend(error.problems)
         if self._misfits:
             self._take_back(adapter_name)
         raise_if_any(self._misfits)
+        keep_trainable(model)
         if not config.deferred:
+            self.record_base(adapter_name)
             self.start(adapter_name)
 
     def _take_back(self, adapter_name: str) -> None:
@@ -147,6 +161,18 @@ class GoatModel(BaseTuner):
                 f"target_modules: {current_key} is a {type(base).__name__}; only nn.Linear and Conv1D can be adapted"
             )
             return
+        if is_8bit(base):
+            self._misfits.append(
+                f"{current_key} is 8-bit (LLM.int8()), which experts cannot start from; load the base in 4 bits, or "
+                "unquantised"
+            )
+            return
+        if is_4bit(base) and peft_config.residual is Residual.FOLD:
+            self._misfits.append(
+                f"{current_key} is 4-bit already, and residual (fold) cannot be subtracted from it; use "
+                "residual='lowrank', or export an adapter that was trained so with launch/export.py --mode exact"
+            )
+            return
         if isinstance(parent, nn.MultiheadAttention):
             self._misfits.append(
                 f"target_modules: {current_key} is read by nn.MultiheadAttention without being called, so experts on "
@@ -177,7 +203,7 @@ class GoatModel(BaseTuner):
             name=f"{current_key}" if adapter_name == "default" else f"{current_key}.{adapter_name}",
             in_features=in_features,
             out_features=out_features,
-            like=base.weight,  # type: ignore[arg-type]
+            like=_like(base),
             signal=self.signal,
         )
         layer.goat_experts[adapter_name] = experts
@@ -207,6 +233,49 @@ class GoatModel(BaseTuner):
         args[-1].extend(self._incomplete_adapters(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def record_base(self, adapter_name: str) -> None:
+        """Write into an adapter's config how its base is quantised.
+
+        Raises:
+            ConfigError: some layers are packed in one way and some in another.
+        """
+        quantization = self._base_quantization()
+        # A copy, because the config may be the user's own and serve another model too.
+        config = copy.copy(self.peft_config[adapter_name])
+        config.base_quantization = quantization and quantization.to_dict()
+        self.peft_config[adapter_name] = config
+
+    def _base_quantization(self) -> BaseQuantization | None:
+        layers: list[tuple[str, Any]] = list(layers_to_quantize(self.model, kept=()))
+        four_bit = [layer for _, layer in layers if is_4bit(layer)]
+        packings = {packing_of(layer) for layer in four_bit}
+        if not packings:
+            return None
+        if len(packings) > 1:
+            raise ConfigError(f"the base's 4-bit layers are packed in different ways: {', '.join(map(str, packings))}")
+        first = four_bit[0]
+        is_ours = isinstance(first, QuantizedLinear)
+        dtype = first.dtype if is_ours else getattr(self.model, "dtype", torch.get_default_dtype())
+        weight_dtype = first.weight_dtype if is_ours else first.weight.quant_state.dtype
+        return BaseQuantization(
+            packing=packings.pop(),
+            dtype=_named(dtype),
+            weight_dtype=_named(weight_dtype),
+            compute_dtype=_named(first.compute_dtype or dtype),
+            kept=tuple(path for path, layer in layers if not is_4bit(layer)),
+        )
+
+    def _warn_of_other_base(self, adapter_name: str) -> None:
+        values = self.peft_config[adapter_name].base_quantization
+        trained, found = values and BaseQuantization.from_dict(values), self._base_quantization()
+        if _what_counts(trained) != _what_counts(found):
+            warnings.warn(
+                f"the GOAT adapter {adapter_name} was trained on a base that is {_shown(trained)}, and this base is "
+                f"{_shown(found)}: it will answer a little differently than in training",
+                BaseMismatchWarning,
+                stacklevel=2,
+            )
+
     def _incomplete_adapters(self, state_dict: dict[str, Any], prefix: str) -> Iterator[str]:
         for adapter_name in self.peft_config:
             expected = {
@@ -215,6 +284,8 @@ class GoatModel(BaseTuner):
                 for tensor, _ in item.experts.named_parameters()
             }
             absent = expected - state_dict.keys()
+            if expected and not absent:
+                self._warn_of_other_base(adapter_name)
             if absent and absent != expected:
                 keys = [self._remove_adapter_name_from_key(key, adapter_name) for key in absent]
                 yield f"the file of GOAT adapter {adapter_name} lacks {_some_of(keys)}"
@@ -282,9 +353,12 @@ class GoatModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Give the base model back, without adapters and with nothing folded into it."""
-        for adapter_name in self.peft_config:
-            for item in named_experts(self, adapter_name):
-                item.layer.unfold(adapter_name)
+        items = [(name, item) for name in self.peft_config for item in named_experts(self, name)]
+        if any(item.experts.folded and is_4bit(item.layer.get_base_layer()) for _, item in items):
+            # Before any layer is changed.
+            raise ConfigError("residual (fold) cannot be taken out of 4-bit weights; load the base again")
+        for adapter_name, item in items:
+            item.layer.unfold(adapter_name)
         for hook in self._hooks:
             hook.remove()
         return super().unload()
@@ -355,7 +429,31 @@ def _linear_paths(model: nn.Module) -> Iterator[str]:
     """Walk over the paths of linear layers, as they were before PEFT wrapped any."""
     for path, module in model.named_modules():
         if _is_linear(module):
-            yield path.replace(".base_layer", "").replace(".original_module", "")
+            yield plain_path(path)
+
+
+def _like(base: Any) -> Tensor:
+    """Give an empty tensor of the device and dtype that experts on a layer have."""
+    if not is_4bit(base):
+        return torch.empty(0, dtype=base.weight.dtype, device=base.weight.device)
+    # bitsandbytes' storage says nothing of what the model computes in, not even where it is a floating-point dtype.
+    dtype = base.dtype if isinstance(base, QuantizedLinear) else torch.get_default_dtype()
+    return torch.empty(0, dtype=dtype, device=base.weight.device)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _what_counts(quantization: BaseQuantization | None) -> Any:
+    return quantization and (quantization.packing, set(quantization.kept))
+
+
+def _shown(quantization: BaseQuantization | None) -> str:
+    if quantization is None:
+        return "not quantised"
+    kept = f", {len(quantization.kept)} layers kept" if quantization.kept else ""
+    return f"4-bit ({quantization.packing}{kept})"
 
 
 def _some_of(keys: list[str]) -> str:

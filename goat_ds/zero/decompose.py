@@ -1,6 +1,7 @@
 """Share the decompositions of a sharded model out over its ranks, and remember them on disk.
 
     weight shards ──► one rank ──► whole weight ──► cache? ──► directions ──► factors ──► shards on all ranks
+                                              └──► 4-bit bytes (zero/quantize.py) ──────► shards on all ranks
 
 Work goes in waves. In one wave every rank receives at most one whole weight, so that a rank never holds two; the
 costs ``O I min(O, I)``, not the counts, are balanced. Works the same on one process and under every ZeRO stage.
@@ -17,19 +18,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from goat_ds.method.spectrum import Directions, decompose
-from goat_ds.tuner.config import Residual
+from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
-from goat_ds.zero import partition, ranks
+from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
+from goat_ds.zero import partition, quantize, ranks
+from goat_ds.zero.quantize import Recipe
 from goat_ds.zero.ranks import Ranks
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
@@ -49,34 +53,54 @@ class StartReport(NamedTuple):
     seconds: float
 
 
-class Received(NamedTuple):
-    """The layer a rank has in a wave; its whole weight ``[O, I]`` where the start needs one."""
+class Work(NamedTuple):
+    """A linear layer of the base and what comes of its weight: experts that start from it, 4-bit bytes, or both."""
 
-    item: NamedExperts
+    path: str
+    base: nn.Module
+    item: NamedExperts | None
+    packing: Packing | None
+
+
+class Received(NamedTuple):
+    """The layer a rank has in a wave; its whole weight ``[O, I]`` where the work needs one."""
+
+    work: Work
     weight_OI: Tensor | None
 
 
 class StartValues(NamedTuple):
-    """An adapter's tensors at the start, in the order of its parameters, and whether the cache knew the directions."""
+    """An adapter's tensors at the start, in the order of its parameters, and whether the cache knew the directions.
+
+    ``bytes_N`` is the packed weight where it becomes 4-bit.
+    """
 
     values: list[Tensor]
     from_cache: bool
+    bytes_N: Tensor | None
 
 
 class Assignment(NamedTuple):
-    """One layer of a wave and the rank that decomposes it."""
+    """One layer of a wave and the rank that works on it."""
 
-    item: NamedExperts
+    work: Work
     world_rank: int
 
 
 def start_adapter(
-    model: nn.Module, adapter_name: str, *, processes: Ranks, seed: int, cache: Path | None
+    model: Any,
+    adapter_name: str,
+    *,
+    processes: Ranks,
+    seed: int,
+    cache: Path | None,
+    recipe: Recipe | None = None,
 ) -> StartReport:
-    """Fill a deferred adapter from the model's weights, which may be sharded. A collective.
+    """Fill a deferred adapter from the model's weights, which may be sharded, and make them 4-bit. A collective.
 
     The random parts (routers, and ``A`` of ``init="zero"``) are drawn per layer from ``seed``, so they do not depend
-    on the number of ranks.
+    on the number of ranks. Experts start from the unquantised weight; one that is folded is folded before it is
+    quantised.
 
     Args:
         model: A PEFT model with a deferred GOAT adapter, not yet given to the DeepSpeed engine.
@@ -84,73 +108,94 @@ def start_adapter(
         processes: Who this process is.
         seed: Of the random parts.
         cache: Folder that remembers decompositions by content; any number of processes may share it. None: no cache.
+        recipe: How the linear layers become 4-bit, adapted or not; None leaves the base as it is.
     """
     began = time.monotonic()
-    items = list(named_experts(model, adapter_name))
-    costs = {item.path: _cost(item) for item in items}
+    works = list(_works(model, adapter_name, recipe and recipe.quantization))
+    costs = {work.path: _cost(work) for work in works}
     cached = own = 0.0
-    bar = tqdm(total=len(items), desc="GOAT start", unit="layer", disable=not processes.is_first)
-    for wave in waves(items, world_size=processes.world_size):
+    bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not processes.is_first)
+    for wave in waves(works, world_size=processes.world_size):
         received = _receive_mine(wave, processes)
         # A rank that fails here would leave the others waiting for its factors.
         mine = ranks.together(partial(_start_values, received, seed=seed, cache=cache))
         # The next wave brings the next weight; a rank never holds two.
         del received
         cached += mine is not None and mine.from_cache
-        for item, owner in wave:
+        for work, owner in wave:
             here = owner == processes.world_rank
-            own += costs[item.path] * here
-            partition.fill_from(owner, list(item.experts.parameters()), mine.values if mine and here else None)
-            item.experts.ready = True
-            if item.experts.config.residual is Residual.FOLD:
-                _fold(item, owner, adapter_name)
+            own += costs[work.path] * here
+            _hand_out(model, work, owner, mine if here else None, adapter_name, recipe)
             bar.update()
     bar.close()
+    model.base_model.record_base(adapter_name)
     total = ranks.sum_over_ranks(torch.tensor([cached, own]))
     share = own / float(total[1]) if total[1] else 0.0
-    return StartReport(len(items), int(total[0]), share, time.monotonic() - began)
+    num_started = sum(work.item is not None for work in works)
+    return StartReport(num_started, int(total[0]), share, time.monotonic() - began)
 
 
-def waves(items: Sequence[NamedExperts], *, world_size: int) -> Iterator[list[Assignment]]:
+def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
+    """Walk over the layers that experts start from, then over the others that become 4-bit."""
+    base = model.get_base_model()
+    wanted = {} if quantization is None else dict(layers_to_quantize(base, kept=quantization.kept))
+    packing_of = {id(layer): quantization.packing for layer in wanted.values()} if quantization else {}
+    for item in named_experts(model, adapter_name):
+        layer = item.layer.get_base_layer()
+        yield Work(item.path, layer, item, packing_of.pop(id(layer), None))
+    for path, layer in wanted.items():
+        if id(layer) in packing_of:
+            yield Work(path, layer, None, packing_of[id(layer)])
+
+
+def waves(works: Sequence[Work], *, world_size: int) -> Iterator[list[Assignment]]:
     """Deal layers out: the dearest first, in waves of one layer a rank, the dearer ones to whoever has done least."""
-    by_cost = sorted(items, key=_cost, reverse=True)
+    by_cost = sorted(works, key=_cost, reverse=True)
     done = [0.0] * world_size
     for first in range(0, len(by_cost), world_size):
         wave = by_cost[first : first + world_size]
         idlest = sorted(range(world_size), key=lambda rank: done[rank])
-        for item, rank in zip(wave, idlest, strict=False):
-            done[rank] += _cost(item)
-        yield [Assignment(item, rank) for item, rank in zip(wave, idlest, strict=False)]
+        for work, rank in zip(wave, idlest, strict=False):
+            done[rank] += _cost(work)
+        yield [Assignment(work, rank) for work, rank in zip(wave, idlest, strict=False)]
 
 
-def _cost(item: NamedExperts) -> float:
-    out_features, in_features = linear_shape(item.layer.get_base_layer())
-    return out_features * in_features * min(out_features, in_features)
-
-
-def _weight(item: NamedExperts) -> nn.Parameter:
-    return item.layer.get_base_layer().weight  # type: ignore[return-value]
+def _cost(work: Work) -> float:
+    out_features, in_features = linear_shape(work.base)
+    decomposes = work.item is not None
+    return out_features * in_features * (min(out_features, in_features) if decomposes else 1)
 
 
 def _receive_mine(wave: list[Assignment], processes: Ranks) -> Received | None:
-    """Give the layer of the wave that is this rank's, with its whole weight where the start needs it. A collective."""
+    """Give the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
     mine = None
-    for item, owner in wave:
-        whole = partition.whole_on(owner, _weight(item)) if item.experts.config.init.decomposes else None
+    for work, owner in wave:
+        decomposes = work.item is not None and work.item.experts.config.init.decomposes
+        weight: Any = work.base.weight
+        whole = partition.whole_on(owner, weight) if decomposes or work.packing else None
         if owner == processes.world_rank:
-            mine = Received(item, whole.T if whole is not None and item.layer.transposed else whole)
+            mine = Received(work, None if whole is None else _matrix_OI(work.base, whole))
     return mine
+
+
+def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
+    if isinstance(layer, QuantizedLinear):
+        return unpack(weight, layer.packing, shape=linear_shape(layer), dtype=torch.float32)
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _start_values(received: Received | None, *, seed: int, cache: Path | None) -> StartValues | None:
     """Compute a layer's tensors at the start, whole; None for a rank without a layer in the wave."""
     if received is None:
         return None
-    item, weight_OI = received
+    work, weight_OI = received
+    if work.item is None:
+        assert weight_OI is not None and work.packing is not None
+        return StartValues([], False, pack(weight_OI, work.packing))
+    experts = work.item.experts
     directions, from_cache = None, False
-    if weight_OI is not None:
-        directions, from_cache = directions_of(weight_OI, item.experts, cache=cache)
-    experts = item.experts
+    if weight_OI is not None and experts.config.init.decomposes:
+        directions, from_cache = directions_of(weight_OI, experts, cache=cache)
     whole = GoatExperts(
         experts.config,
         name=experts.name,
@@ -160,9 +205,41 @@ def _start_values(received: Received | None, *, seed: int, cache: Path | None) -
         signal=experts.signal,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed_of(seed, item.path))
+        torch.manual_seed(seed_of(seed, work.path))
         whole.start(directions)
-    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache)
+    bytes_N = None
+    if weight_OI is not None and work.packing is not None:
+        if whole.folds:
+            # The weight is a copy of this rank's own, and has given its directions.
+            whole.add_residual_(weight_OI, times=-1)
+        bytes_N = pack(weight_OI, work.packing)
+    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache, bytes_N)
+
+
+def _hand_out(
+    model: Any,
+    work: Work,
+    owner: int,
+    mine: StartValues | None,
+    adapter_name: str,
+    recipe: Recipe | None,
+) -> None:
+    """Give every rank its shards of what one rank has made. A collective."""
+    if work.item is not None:
+        partition.fill_from(owner, list(work.item.experts.parameters()), mine.values if mine else None)
+        work.item.experts.ready = True
+    folds = work.item is not None and work.item.experts.folds
+    if work.packing is None:
+        if folds:
+            _fold(work, owner, adapter_name)
+        return
+    assert recipe is not None
+    layer = quantize.to_bytes_on_all(work.base, mine.bytes_N if mine else None, owner=owner, recipe=recipe)
+    if work.item is None:
+        model.get_base_model().set_submodule(work.path, layer)
+    else:
+        work.item.layer.base_layer = layer
+        work.item.experts.folded = folds
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -170,10 +247,12 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
 
 
-def _fold(item: NamedExperts, owner: int, adapter_name: str) -> None:
+def _fold(work: Work, owner: int, adapter_name: str) -> None:
     """Subtract the start's contribution from the base weight on every rank. A collective."""
-    with partition.gathered(item.experts.parameters()), partition.written_by(owner, [_weight(item)]):
-        item.layer.fold(adapter_name)
+    assert work.item is not None
+    weight: Any = work.base.weight
+    with partition.gathered(work.item.experts.parameters()), partition.written_by(owner, [weight]):
+        work.item.layer.fold(adapter_name)
 
 
 def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None) -> tuple[Directions, bool]:

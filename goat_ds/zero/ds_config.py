@@ -38,6 +38,13 @@ UNTRIED = frozenset({
 UNTRIED_ZERO = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
 
 
+UNFIT_FOR_4BIT = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "use_all_reduce_for_fetch_params",
+)  # fmt: skip
+"""Keys of zero_optimization that gather parameters in a way that bytes do not survive, or hold them more than once."""
+
+
 class Precision(StrEnum):
     """Dtype of the model's weights and products; optimizer state and master weights are fp32 in each."""
 
@@ -137,10 +144,12 @@ def fill(ds_config: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
     return filled
 
 
-def problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
+def problems(ds_config: dict[str, Any], settings: EngineSettings, *, base_is_4bit: bool = False) -> Iterator[str]:
     """Say, one line each, where the config contradicts the flags or asks for what is not supported."""
     yield from _unknown_keys(ds_config)
     yield from _zero_problems(ds_config, settings)
+    if base_is_4bit:
+        yield from _unfit_for_4bit(ds_config)
     enabled = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled") is True]
     if len(enabled) == 2:
         yield "ds_config: bf16.enabled and fp16.enabled are both true; keep one, or set both to auto"
@@ -202,6 +211,13 @@ def _zero_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Itera
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "nvme":
             yield f"ds_config: zero_optimization.{name}.device (nvme) is not supported; use cpu"
+
+
+def _unfit_for_4bit(ds_config: dict[str, Any]) -> Iterator[str]:
+    zero = ds_config.get("zero_optimization", {})
+    for name in UNFIT_FOR_4BIT:
+        if _is_on(zero.get(name, False)):
+            yield f"ds_config: zero_optimization.{name} ({_shown(zero[name])}) cannot hold a 4-bit base; leave it out"
 
 
 def _batch_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -13,8 +13,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from goat_ds.errors import ConfigError, raise_if_any
-from goat_ds.tuner.config import GoatConfig
-from goat_ds.zero import ds_config, partition, ranks
+from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization, unreadable
+from goat_ds.tuner.config import GoatConfig, Residual
+from goat_ds.tuner.quantized import QuantizedLinear, check_backend
+from goat_ds.zero import ds_config, partition, quantize, ranks
 from goat_ds.zero.ds_config import Precision
 
 ADAPTER_NAME = "default"
@@ -61,22 +63,65 @@ def check_base(model: str, *, max_length: int, tokenizer: PreTrainedTokenizerBas
     """See whether the base can hold what it will be given, by its config alone.
 
     Raises:
-        ConfigError: the base is quantised, its positions end before ``max_length``, or its embedding has no row for a
-            token; all of it, or that the config cannot be read.
+        ConfigError: the base is quantised by another library than bitsandbytes or not in 4 bits, its positions end
+            before ``max_length``, or its embedding has no row for a token; all of it, or that the config cannot be
+            read.
     """
+    raise_if_any(_misfits_of_base(model, _config_of(model), max_length=max_length, tokenizer=tokenizer))
+
+
+def _config_of(model: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise_if_any(_misfits_of_base(model, config, max_length=max_length, tokenizer=tokenizer))
+
+
+class FourBitCheck(NamedTuple):
+    """Whether there will be a 4-bit base, and what is wrong with that."""
+
+    is_4bit: bool
+    problems: list[str]
+
+
+def check_4bit(model: str, *, quantization: BaseQuantization | None, residual: Residual) -> FourBitCheck:
+    """See whether a 4-bit base can be made or taken over here.
+
+    Args:
+        model: Folder or hub name.
+        quantization: What was asked for; None: nothing.
+        residual: The adapter's.
+
+    Raises:
+        ConfigError: the base's config cannot be read.
+    """
+    stored = stored_quantization(_config_of(model))
+    is_stored = stored is not None and not unreadable(stored)
+    problems = []
+    if is_stored and quantization is not None:
+        problems.append(f"load_in_4bit: model ({model}) is quantised already; leave load_in_4bit out")
+    if is_stored and residual is Residual.FOLD:
+        problems.append(
+            f"residual (fold) cannot be subtracted from model ({model}), which is 4-bit already; use residual lowrank"
+        )
+    is_4bit = is_stored or quantization is not None
+    if is_4bit:
+        try:
+            check_backend(ranks.device())
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return FourBitCheck(is_4bit, problems)
 
 
 def _misfits_of_base(
     model: str, config: Any, *, max_length: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
-    if quantisation := getattr(config, "quantization_config", None):
-        method = quantisation.get("quant_method", "unknown method") if isinstance(quantisation, dict) else quantisation
-        yield f"model ({model}) is quantised ({method}), which experts cannot start from; use the unquantised base"
+    stored = stored_quantization(config)
+    if stored is not None and (method := unreadable(stored)):
+        yield (
+            f"model ({model}) is quantised ({method}), which experts cannot start from; use the unquantised base, or "
+            "one that bitsandbytes has quantised to 4 bits"
+        )
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
@@ -103,11 +148,12 @@ def _tokens_in_use(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, in
             yield token, row
 
 
-def rehearse(model: str, goat: GoatConfig) -> None:
-    """Put the adapter on a model without weights, to see whether it fits.
+def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | None) -> None:
+    """Put the adapter on a model without weights, to see whether it fits, and whether the model can become 4-bit.
 
     Raises:
-        ConfigError: the model's config cannot be read, no layer matches, or layers are too small.
+        ConfigError: the model's config cannot be read, no layer matches, layers are too small or have a size that
+            blocks of 4-bit values do not divide.
     """
     try:
         config = AutoConfig.from_pretrained(model)
@@ -115,23 +161,51 @@ def rehearse(model: str, goat: GoatConfig) -> None:
             skeleton = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
-    get_peft_model(skeleton, _deferred(goat), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+    unfit = [] if quantization is None else list(quantize.misfits(skeleton, quantization))
+    try:
+        get_peft_model(skeleton, _deferred(goat), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+    except ConfigError as error:
+        unfit.extend(error.problems)
+    raise_if_any(unfit)
 
 
-def load_base(model: str, *, precision: Precision, attention: Attention, engine_config: dict[str, Any]) -> Any:
+def load_base(
+    model: str,
+    *,
+    precision: Precision,
+    attention: Attention,
+    engine_config: dict[str, Any],
+    quantization: BaseQuantization | None = None,
+    compute_precision: Precision | None = None,
+) -> Any:
     """Load the base, under ZeRO-3 in shards from the first byte on. A collective.
 
     Args:
-        model: Folder or hub name.
+        model: Folder or hub name; may be quantised by bitsandbytes in 4 bits.
         precision: Dtype of the weights.
         attention: Settled attention code.
         engine_config: The filled DeepSpeed config.
+        quantization: How ``zero.decompose.start_adapter`` will make it 4-bit; None: not at all.
+        compute_precision: Dtype that stored 4-bit weights are multiplied in; ``precision`` by default.
     """
     # What an earlier engine of this process told transformers must not shard this base.
     unset_hf_deepspeed_config()
-    # transformers finds it through a weak reference, so it must live as long as the model.
-    sharding = HfDeepSpeedConfig(engine_config) if ds_config.stage(engine_config) == 3 else None
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[precision], attn_implementation=str(attention))
+    stage, config, dtype = ds_config.stage(engine_config), _config_of(model), DTYPES[precision]
+    four_bit = quantization is not None or stored_quantization(config) is not None
+    if four_bit and quantize.can_be_mapped(model, config, dtype=dtype):
+        base = quantize.load_mapped(
+            model,
+            quantization=quantization,
+            dtype=dtype,
+            compute_dtype=DTYPES[compute_precision or precision],
+            attention=str(attention),
+            engine_config=engine_config,
+        )
+        sharding = HfDeepSpeedConfig(engine_config) if stage == 3 else None
+    else:
+        # transformers finds it through a weak reference, so it must live as long as the model.
+        sharding = HfDeepSpeedConfig(engine_config) if stage == 3 else None
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=str(attention))
     base.goat_sharding = sharding
     base.config.use_cache = False
     # from_pretrained gives a model in eval mode, in which transformers neither recomputes activations nor drops out.
@@ -171,6 +245,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=engine_config, lr_scheduler=schedule, dist_init_required=False
     )
+    partition.keep_sharded(engine, [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)])
     return engine
 
 

@@ -3,7 +3,7 @@
 Every helper does nothing, rather than something else, on a parameter that is whole.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import deepspeed
@@ -30,6 +30,59 @@ def partitioned_at_birth(ds_config: dict[str, object], *, stage: int) -> Iterato
     """Shard the parameters of every module built inside, at once, under ZeRO-3; nothing under lower stages."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if stage == 3 else nullcontext():
         yield
+
+
+Cut = Callable[[nn.Parameter, torch.dtype], None]
+"""Shards a whole parameter that every rank has, in a dtype."""
+
+
+def cutter(ds_config: dict[str, object], *, stage: int) -> Cut:
+    """Give what shards a whole parameter that every rank has, in the dtype it is told.
+
+    Each rank cuts its shard from its own, and nothing is sent. Below ZeRO-3 the parameter is given memory of its own,
+    which that of a mapped file is not.
+    """
+    if stage != 3:
+        return _own
+    sharding = deepspeed.zero.Init(config_dict_or_path=ds_config)
+
+    def cut(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        sharding._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+        # Only the shard is cast. What is gathered later comes to where the empty parameter is, in its dtype.
+        shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        shard.data = shard.data.to(dtype)
+        parameter.data = parameter.data.to(sharding.local_device, dtype)
+
+    return cut
+
+
+def _own(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype, copy=True)
+
+
+def release(parameter: nn.Parameter) -> None:
+    """Free the memory of a parameter that is no longer used.
+
+    What DeepSpeed attaches to a parameter refers back to it, so it would live until the garbage collector comes.
+    """
+    holder = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+    holder.data = holder.data.new_empty(0)
+
+
+def keep_sharded(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> None:
+    """Hold parameters in shards between uses, also those so small that DeepSpeed would leave them whole."""
+    sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not sharded:
+        return
+    ids = {id(parameter) for parameter in sharded}
+    persistent = engine.optimizer.persistent_parameters
+    assert persistent is engine.optimizer.parameter_offload.persistent_parameters
+    persistent[:] = [parameter for parameter in persistent if id(parameter) not in ids]
+    for parameter in sharded:
+        parameter.ds_persist = False  # type: ignore[attr-defined]
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -78,6 +131,13 @@ def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Seque
             parameter.copy_(whole.view_as(parameter))
 
 
+def resident_bytes(parameter: nn.Parameter) -> int:
+    """Give the bytes that this rank holds of a parameter: its shard, and the whole where that is here as well."""
+    shard = parameter.ds_tensor if is_partitioned(parameter) else None  # type: ignore[attr-defined]
+    tensors = {tensor.data_ptr(): tensor for tensor in (parameter.data, shard) if tensor is not None and tensor.numel()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 @torch.no_grad()
 def whole_on(world_rank: int, parameter: nn.Parameter) -> Tensor | None:
     """Give a copy of the whole parameter to one rank and None to the others, who hold no more than their shard.
@@ -88,10 +148,11 @@ def whole_on(world_rank: int, parameter: nn.Parameter) -> Tensor | None:
     if not is_partitioned(parameter):
         return parameter.detach().to(ranks.device(), copy=True) if here else None
     shard = parameter.ds_tensor.to(ranks.device())  # type: ignore[attr-defined]
-    whole = torch.empty(shard.numel() * torch.distributed.get_world_size(), dtype=shard.dtype, device=shard.device)
-    torch.distributed.gather(shard, list(whole.split(shard.numel())) if here else None, dst=world_rank)
     if not here:
+        torch.distributed.gather(shard, None, dst=world_rank)
         return None
+    whole = torch.empty(shard.numel() * torch.distributed.get_world_size(), dtype=shard.dtype, device=shard.device)
+    torch.distributed.gather(shard, list(whole.split(shard.numel())), dst=world_rank)
     shape = full_shape(parameter)
     # The last shards are padded.
     return whole[: shape.numel()].view(shape)

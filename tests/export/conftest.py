@@ -1,7 +1,7 @@
 """Tiny random bases of several architectures, each with a trained-looking adapter on disk."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
@@ -20,8 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from goat_ds import GoatConfig
+from goat_ds.tuner.base_quantization import layers_to_quantize
+from goat_ds.tuner.layer import GoatLayer
+from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack
 from tests.models import CAUSAL_LMS, LLAMA_LIKE
 
 ARCHITECTURES = CAUSAL_LMS | {
@@ -68,18 +73,71 @@ def train(folder: Path, architecture: str, **settings: Any) -> Trained:
     return adapt(base, folder / "adapter", **settings)
 
 
-def adapt(base: Path, adapter: Path, **settings: Any) -> Trained:
-    """Put random experts on a base and save them."""
+def adapt(
+    base: Path,
+    adapter: Path,
+    *,
+    load: dict[str, Any] | None = None,
+    finish: Callable[[peft.PeftModel], None] | None = None,
+    **settings: Any,
+) -> Trained:
+    """Put random experts on a base, loaded as ``load`` says, and save them as ``finish`` leaves them."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, **(load or {}))
     config = GoatConfig(**({"r": 8, "num_experts": 4, "top_k": 2, "eta": 0.2, "task_type": "CAUSAL_LM"} | settings))
-    routed = peft.get_peft_model(model, config).eval()
+    routed = peft.get_peft_model(model, config, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         for parameter in routed.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if finish:
+        finish(routed)
     routed.save_pretrained(adapter)
     return Trained(base=base, adapter=adapter, model=routed)
+
+
+def in_4bit(
+    *, dtype: torch.dtype = torch.float32, compute: str = "float32", kept: tuple[str, ...] = (), **packing: Any
+) -> dict[str, Any]:
+    """Give what makes ``adapt`` train as launch/train.py does with load_in_4bit: in ``dtype``, on packed layers."""
+
+    def finish(routed: peft.PeftModel) -> None:
+        base: Any = routed.get_base_model()
+        for path, layer in layers_to_quantize(base, kept=kept):
+            weight_OI = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            packed = QuantizedLinear(
+                pack(weight_OI, Packing(**packing)),
+                packing=Packing(**packing),
+                shape=tuple(weight_OI.shape),
+                bias=layer.bias,
+                dtype=dtype,
+                compute_dtype=getattr(torch, compute),
+                weight_dtype=dtype,
+            )
+            base.set_submodule(path + ".base_layer" * isinstance(base.get_submodule(path), GoatLayer), packed)
+        routed.base_model.record_base("default")
+
+    return {"load": {"dtype": dtype}, "finish": finish}
+
+
+def by_bitsandbytes(dtype: torch.dtype = torch.float32, **quantization: Any) -> dict[str, Any]:
+    """Give what makes ``adapt`` train on bitsandbytes' own layers, with experts in the model's dtype."""
+
+    def finish(routed: peft.PeftModel) -> None:
+        for name, parameter in routed.named_parameters():
+            if "goat_experts" in name:
+                parameter.data = parameter.data.to(dtype)
+
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} | quantization
+    config = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    return {"load": {"dtype": dtype, "quantization_config": config}, "finish": finish}
+
+
+def store_4bit(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **quantization: Any) -> Path:
+    """Write a base as bitsandbytes stores it."""
+    load = by_bitsandbytes(dtype, **quantization)["load"]
+    AutoModelForCausalLM.from_pretrained(base, **load).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

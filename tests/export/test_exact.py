@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export import export_exact
-from tests.export.conftest import ARCHITECTURES, TOKENS, Trained, adapt, train, write_base
+from tests.export.conftest import ARCHITECTURES, TOKENS, Trained, adapt, in_4bit, train, write_base
 
 pytestmark = [
     # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
@@ -36,7 +36,7 @@ class Without:
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        absent = name.split(".")[0] in ("goat_ds", "peft", "deepspeed")
+        absent = name.split(".")[0] in ("goat_ds", "peft", "deepspeed", "bitsandbytes")
         return None if absent else self.finder.find_spec(name, path, target)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
@@ -51,7 +51,7 @@ for name, folder in folders.items():
     settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     texts = [model.generate(tokens, use_cache=cache, **settings) for cache in (True, False)]
     answers[name] = (logits, *texts)
-for name in ("goat_ds", "peft", "deepspeed"):
+for name in ("goat_ds", "peft", "deepspeed", "bitsandbytes"):
     try:
         __import__(name)
     except ModuleNotFoundError:
@@ -79,6 +79,7 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_without_goat_ds_computes_and_generates_as_trained_for_every_architecture(tmp_path: Path) -> None:
     trained = {name: train(tmp_path / name, name) for name in ARCHITECTURES}
+    trained["four_bit"] = train(tmp_path / "four_bit", "llama", **in_4bit())
     for name, one in trained.items():
         export_exact(one.adapter, output=tmp_path / name / "out")
     folders = {name: str(tmp_path / name / "out") for name in trained}
@@ -272,8 +273,12 @@ def test_a_base_that_lacks_a_weight_or_safetensors_is_refused(tmp_path: Path, tr
             r"base \(.*\) is no causal language model that transformers builds; use --mode adapter",
         ),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            r"base \(.*\) is stored quant",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"base \(.*\) is stored quantised \(gptq\), .* give the unquantised model with --base PATH",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            r"base \(.*\) is stored quantised \(bitsandbytes in 8 bits\)",
         ),
     ],
 )
@@ -304,8 +309,11 @@ def test_nothing_is_left_behind_when_writing_fails(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_tensors_are_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = train(tmp_path, "llama")
+@pytest.mark.parametrize("settings", [{}, in_4bit()], ids=["w16", "dequant_w4"])
+def test_tensors_are_written_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    trained = train(tmp_path, "llama", **settings)
     alive: list[int] = []
     held: dict[int, int] = {}
 

@@ -1,11 +1,12 @@
 """The command line of the export."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
-from tests.export.conftest import Trained
+from tests.export.conftest import Trained, in_4bit, train
 
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -30,6 +31,28 @@ def test_both_modes_write_their_weights_and_say_what_they_read(
     run(monkeypatch, "--checkpoint", trained.adapter, "--mode", mode, "--output", tmp_path / "out")
     assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
     assert f"read {trained.adapter}\nwrote {tmp_path / 'out'}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("merge_base", ["dequant_w4", "w16"])
+def test_the_weights_that_were_asked_for_are_written_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], merge_base: str
+) -> None:
+    adapter = train(tmp_path, "llama", **in_4bit()).adapter
+    arguments = ("--checkpoint", adapter, "--mode", "exact", "--merge_base", merge_base, "--output", tmp_path / "out")
+    run(monkeypatch, *arguments)
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert report["merge_base"] == merge_base
+    assert f"\nbase weights: {merge_base}, {report['values']}\n" in capsys.readouterr().out
+
+
+def test_merge_base_without_base_weights_is_refused(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--checkpoint", trained.adapter, "--mode", "adapter", "--merge_base", "w16")
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments, "--output", tmp_path / "out")
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.startswith("error: merge_base (w16) has no effect with --mode adapter")
 
 
 def test_a_refusal_is_one_message_on_stderr_and_exit_code_2(

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from goat_ds.errors import ConfigError
+from goat_ds.method import spectrum
 from goat_ds.method.scaling import adaptive_scales
 from goat_ds.method.spectrum import Start, chosen_indices, decompose, factors_from, zero_start
 from tests import reference
@@ -121,3 +122,32 @@ def test_a_zero_start_draws_a_within_its_bounds_and_b_as_zero() -> None:
     assert not b_OR.any()
     assert a_RI.abs().max() <= bound
     torch.testing.assert_close(a_RI.var().item(), bound**2 / 3, rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_residual_is_added_in_place_rows_at_a_time_and_rounded_once(
+    adaptive: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, a_RI, b_OR = (torch.randn(shape, generator=generator) for shape in ((50, 30), (8, 30), (50, 8)))
+    scale_E = torch.tensor([0.5, 1.0, 2.0, 3.0]) if adaptive else torch.full((4,), 1.5)
+    residual = sum(
+        scale_E[e].double() / 4 * b_OR[:, 2 * e : 2 * e + 2].double() @ a_RI[2 * e : 2 * e + 2].double()
+        for e in range(4)
+    )
+    expected = (weight.bfloat16().double() - residual).bfloat16()
+    # Seven rows at a time, the last of them one.
+    monkeypatch.setattr(spectrum, "VALUES_AT_ONCE", 7 * 30)
+    stored = weight.bfloat16().T.contiguous().T if transposed else weight.bfloat16()
+    spectrum.add_residual_(
+        stored,
+        spectrum.Factors(a_RI, b_OR),
+        scale=1.5,
+        scale_E=scale_E if adaptive else None,
+        num_experts=4,
+        times=-1,
+    )
+    # fp32 and float64 may round to neighbouring bf16 values.
+    torch.testing.assert_close(stored, expected, rtol=2**-7, atol=1e-6)
+    assert (stored == expected).float().mean() > 0.99

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Start
 from goat_ds.train.config import Schedule, TrainConfig, parse, ranks_from_environment
+from goat_ds.tuner.quantized import Packing
 from goat_ds.zero.ds_config import Precision
 
 
@@ -227,3 +228,28 @@ def test_unknown_keys_unknown_flags_and_wrong_numbers_come_in_one_message(tmp_pa
     assert [problem.removeprefix(f"config: {path}: ").split()[0] for problem in raised.value.problems] == [
         "rank", "--lerning_rate", "max_length",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bnb_4bit_blocksize", "128"], "bnb_4bit_blocksize (128) has no effect without load_in_4bit"),
+        (["--bnb_4bit_use_double_quant"], "bnb_4bit_use_double_quant (true) has no effect without load_in_4bit"),
+        (["--keep_in_high_precision", "a", "b"], "keep_in_high_precision (a b) has no effect without load_in_4bit"),
+    ],
+)
+def test_settings_of_a_4bit_base_without_one_are_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(["--ds_config", "ds_configs/zero3.json", *arguments])
+    assert [problem for problem in raised.value.problems if message in problem]
+    assert parse(["--load_in_4bit", *arguments]).quantization() is not None
+
+
+def test_the_flags_of_a_4bit_base_say_how_it_is_packed() -> None:
+    quantization = parse(["--load_in_4bit", "--bnb_4bit_use_double_quant", "--precision", "fp32"]).quantization()
+    assert quantization is not None
+    assert quantization.packing == Packing(quant_type="nf4", block_size=64, double_quant=True)
+    assert (quantization.compute_dtype, quantization.kept) == ("float32", ())
+    wider = parse(["--load_in_4bit", "--bnb_4bit_compute_dtype", "fp32"]).quantization()
+    assert wider is not None and wider.compute_dtype == "float32"
+    assert parse([]).quantization() is None

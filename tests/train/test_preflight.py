@@ -2,19 +2,24 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from goat_ds import demo
 from goat_ds.errors import ConfigError
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
-from goat_ds.zero import engine
+from goat_ds.tuner.config import Residual
+from goat_ds.zero import engine, quantize
 from goat_ds.zero.engine import Attention, Precision
 from goat_ds.zero.ranks import Ranks
 from tests.launching import REPOSITORY
+from tests.models import causal_lm
 
 ALONE = Ranks(world_rank=0, world_size=1, local_rank=0)
 
@@ -45,11 +50,143 @@ def test_everything_wrong_with_the_base_is_told_at_once(tmp_path: Path) -> None:
     base = base_with(tmp_path, **quantised)
     found = problems(tmp_path, model=base, max_length=100_000)
     for words in (
-        f"model ({base}) is quantised (fp8), which experts cannot start from; use the unquantised base",
+        f"model ({base}) is quantised (fp8), which experts cannot start from; use the unquantised base, or one that",
         "max_length (100000) is above the model's max_position_embeddings (2048); lower it",
         "has no row in the embedding (vocab_size 100)",
     ):
         assert sum(words in problem for problem in found) == 1, (words, found)
+
+
+NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+LLM_INT8 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}}
+
+
+def test_a_base_that_bitsandbytes_has_quantised_to_4_bits_is_welcome(tmp_path: Path) -> None:
+    assert problems(tmp_path, model=base_with(tmp_path, **NF4)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        (LLM_INT8, "bitsandbytes in 8 bits"),
+    ],
+)
+def test_a_base_that_is_quantised_in_another_way_is_refused(
+    changes: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    base = base_with(tmp_path, **changes)
+    (found,) = problems(tmp_path, model=base)
+    assert f"model ({base}) is quantised ({method}), which experts cannot start from" in found
+
+
+def test_what_a_4bit_base_cannot_do_is_told_at_once(tmp_path: Path) -> None:
+    base = base_with(tmp_path, **NF4)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}')
+    found = problems(
+        tmp_path, model=base, ds_config=str(tmp_path / "ds.json"), load_in_4bit=True, residual=Residual.FOLD
+    )
+    for words in (
+        f"load_in_4bit: model ({base}) is quantised already; leave load_in_4bit out",
+        f"residual (fold) cannot be subtracted from model ({base}), which is 4-bit already; use residual lowrank",
+        "zero_optimization.zero_quantized_weights (true) cannot hold a 4-bit base; leave it out",
+    ):
+        assert sum(words in problem for problem in found) == 1, (words, found)
+
+
+def test_what_a_base_that_is_4bit_already_cannot_do_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}')
+    base, settings = base_with(tmp_path, **NF4), {"residual": Residual.FOLD, "ds_config": str(tmp_path / "ds.json")}
+    found = problems(tmp_path, model=base, **settings)
+    assert len(found) == 2
+    assert any("residual (fold) cannot be subtracted" in problem for problem in found)
+    assert any("zero_quantized_weights (true) cannot hold a 4-bit base" in problem for problem in found)
+
+
+def test_a_compute_dtype_needs_a_4bit_base(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, model=base_with(tmp_path), bnb_4bit_compute_dtype=Precision.FP32)
+    assert "bnb_4bit_compute_dtype (fp32) has no effect on an unquantised base; use load_in_4bit" in found
+    (tmp_path / "4").mkdir()
+    stored = base_with(tmp_path / "4", **NF4)
+    assert problems(tmp_path, model=stored, bnb_4bit_compute_dtype=Precision.FP32) == []
+
+
+def test_keeping_everything_in_high_precision_is_refused(tmp_path: Path) -> None:
+    kept = ["self_attn", "mlp"]
+    found = problems(tmp_path, model=base_with(tmp_path), load_in_4bit=True, keep_in_high_precision=kept)
+    assert found == ["keep_in_high_precision (self_attn mlp) leaves no layer to become 4-bit; keep fewer"]
+
+
+def test_two_layers_that_share_a_weight_are_refused() -> None:
+    skeleton = causal_lm()
+    skeleton.model.layers[1].mlp.up_proj.weight = skeleton.model.layers[0].mlp.up_proj.weight
+    quantization = TrainConfig(load_in_4bit=True).quantization()
+    assert quantization is not None
+    (found,) = quantize.misfits(skeleton, quantization)
+    assert "model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj share one weight" in found
+
+
+def test_files_are_mapped_only_where_they_hold_the_dtype_of_the_run(tmp_path: Path) -> None:
+    model = causal_lm()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert quantize.can_be_mapped(str(tmp_path), config, dtype=torch.float32)
+    # What a config says of its files need not be true.
+    config.dtype = torch.bfloat16
+    assert not quantize.can_be_mapped(str(tmp_path), config, dtype=torch.bfloat16)
+    for path in tmp_path.glob("*.safetensors*"):
+        path.unlink()
+    assert not quantize.can_be_mapped(str(tmp_path), config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("zero_hpz_partition_size", 2),
+        ("zero_quantized_weights", True),
+        ("zero_quantized_nontrainable_weights", True),
+        ("use_all_reduce_for_fetch_params", True),
+    ],
+)
+def test_settings_that_deepspeed_cannot_combine_with_a_4bit_base_are_refused(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, name: value}}))
+    base, ds_config = base_with(tmp_path), str(tmp_path / "ds.json")
+    words = f"zero_optimization.{name} ({json.dumps(value)}) cannot hold a 4-bit base"
+    assert any(words in problem for problem in problems(tmp_path, model=base, ds_config=ds_config, load_in_4bit=True))
+    assert problems(tmp_path, model=base, ds_config=ds_config) == []
+
+
+def test_folding_before_quantising_is_allowed(tmp_path: Path) -> None:
+    assert problems(tmp_path, model=base_with(tmp_path), load_in_4bit=True, residual=Residual.FOLD) == []
+
+
+def test_a_block_that_does_not_divide_a_layer_is_refused_by_the_layer(tmp_path: Path) -> None:
+    base = base_with(tmp_path, intermediate_size=300)
+    (found, *others) = problems(tmp_path, model=base, load_in_4bit=True, bnb_4bit_blocksize=1024)
+    assert "bnb_4bit_blocksize (1024) does not divide model.layers.0.mlp." in found
+    assert "use a smaller one, or name the layer in keep_in_high_precision" in found
+    assert all("does not divide" in other for other in others)
+    kept = ["gate_proj", "up_proj", "down_proj"]
+    again = problems(tmp_path, model=base, load_in_4bit=True, bnb_4bit_blocksize=1024, keep_in_high_precision=kept)
+    assert again == []
+
+
+def test_a_block_size_that_does_not_exist_and_a_name_that_matches_nothing_are_refused(tmp_path: Path) -> None:
+    base = base_with(tmp_path)
+    (found,) = problems(tmp_path, model=base, load_in_4bit=True, bnb_4bit_blocksize=48)
+    assert found == "bnb_4bit_blocksize (48) must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096"
+    (found,) = problems(tmp_path, model=base, load_in_4bit=True, keep_in_high_precision=["q_porj"])
+    assert "keep_in_high_precision (q_porj) matches no layer that becomes 4-bit; these are: down_proj, gate" in found
+
+
+def test_a_missing_library_is_told_beside_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    found = problems(tmp_path, model=base_with(tmp_path), load_in_4bit=True, max_length=100_000)
+    assert any("a 4-bit base needs bitsandbytes, which does not load" in problem for problem in found)
+    assert any("max_length (100000) is above" in problem for problem in found)
 
 
 def test_an_added_token_that_nothing_brings_needs_no_row(tmp_path: Path) -> None:

@@ -218,13 +218,6 @@ def test_a_bf16_layer_routes_by_logits_in_fp32() -> None:
     torch.testing.assert_close(probs.double(), exact.softmax(dim=1).mean(dim=0), rtol=1e-6, atol=1e-6)
 
 
-def test_factors_on_a_quantised_base_are_floating_point() -> None:
-    plain = nn.Linear(24, 40, bias=False)
-    plain.weight = nn.Parameter(torch.zeros(480, 1, dtype=torch.uint8), requires_grad=False)
-    model = goat(nn.ModuleDict({"layer": plain}), target_modules=["layer"], deferred=True)
-    assert {parameter.dtype for parameter in experts_of(model)[0].parameters()} == {torch.float32}
-
-
 def test_a_weight_that_is_not_whole_is_refused_before_any_svd() -> None:
     plain = nn.Linear(24, 40, device="meta")
     with pytest.raises(ConfigError, match=r"not whole on this process .*meta.* launch/train\.py"):

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from goat_ds import GoatConfig, demo
 from goat_ds.train.config import parse, ranks_from_environment
-from goat_ds.train.preflight import engine_settings
+from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
-from goat_ds.zero import decompose, ds_config, partition, ranks
+from goat_ds.zero import decompose, partition, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.engine import Attention
 
@@ -28,8 +28,7 @@ def main() -> None:
     config = parse(["--ds_config", f"ds_configs/zero{stage}.json", "--precision", "fp32"])
     processes = ranks_from_environment(config)
     ranks.join(processes, timeout_minutes=5)
-    raw, _ = ds_config.read(f"ds_configs/zero{stage}.json")
-    filled = ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    filled = filled_ds_config(config, processes)
     base = engines.load_base(
         str(demo.base_path()), precision=config.precision, attention=Attention.SDPA, engine_config=filled
     )

@@ -150,13 +150,13 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path,
 
 def test_waves_give_a_rank_one_layer_at_a_time_and_balance_the_cost() -> None:
     model = get_peft_model(causal_lm(), GoatConfig(r=8, num_experts=4, deferred=True))
-    items = list(named_experts(model, "default"))
+    works = list(decompose._works(model, "default", None))
     done = [0.0, 0.0, 0.0]
     seen = []
-    for wave in decompose.waves(items, world_size=3):
+    for wave in decompose.waves(works, world_size=3):
         assert len({rank for _, rank in wave}) == len(wave)
-        for item, rank in wave:
-            done[rank] += decompose._cost(item)
-            seen.append(item.path)
-    assert sorted(seen) == sorted(item.path for item in items)
+        for work, rank in wave:
+            done[rank] += decompose._cost(work)
+            seen.append(work.path)
+    assert sorted(seen) == sorted(work.path for work in works)
     assert max(done) < 1.5 * min(done)

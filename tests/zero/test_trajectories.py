@@ -9,31 +9,12 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from goat_ds import demo
-from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
 from goat_ds.train.config import parse
-from goat_ds.tuner.model import named_experts
-from goat_ds.zero import decompose
 from tests.launching import losses_of, metrics_of, run_many
-
-NUM_STEPS = 20
-
-COMMON = {
-    "precision": "fp32",
-    "max_steps": str(NUM_STEPS),
-    "max_length": "64",
-    "learning_rate": "5e-4",
-    "warmup_steps": "2",
-    "r": "16",
-    "num_experts": "4",
-    # Large, so that a balance gradient that went missing would show in the losses.
-    "balance_coef": "0.05",
-    "seed": "3",
-}
-ZERO3 = {"ds_config": "ds_configs/zero3.json"}
-TWO_IN_ONE_STEP = {"grad_accum_steps": "2"}
+from tests.zero.plain_torch import COMMON, NUM_STEPS, TWO_IN_ONE_STEP, ZERO3, first_step, start_as_the_run_did
 
 # All of them train on the same two packs a step.
 ON_ONE_RANK: dict[str, dict[str, str]] = {
@@ -111,33 +92,11 @@ def test_the_first_step_is_that_of_plain_torch_on_the_whole_global_batch(folders
     config = parse(flags_of(folders["1 zero3, accumulated"], ON_ONE_RANK["zero3, accumulated"]))
     base = AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32)
     model: Any = get_peft_model(base, dataclasses.replace(config.goat(), deferred=True)).train()
-    for item in named_experts(model, "default"):
-        received = decompose.Received(item, item.layer.weight_OI())
-        start = decompose._start_values(received, seed=config.seed, cache=Path(config.svd_cache))
-        assert start is not None and start.from_cache
-        for parameter, value in zip(item.experts.parameters(), start.values, strict=True):
-            parameter.data.copy_(value)
-        item.experts.ready = True
-    tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
-    tokens = prepare([str(demo.train_data())], tokenizer, max_length=64, cache_dir=Path(config.token_cache))
-    packed = pack_dataset(tokens.dataset, max_length=64, packing=True)
-    plan = BatchPlan(
-        packs=packed.packs, num_labels=packed.num_labels, micro_batch_size=1, grad_accum_steps=2, world_size=1, seed=3
-    )
-    _, batch = next(batches(tokens.dataset, plan, world_rank=0).from_step(0))
-    loss = torch.zeros(())
-    for row in batch.micro_batches:
-        logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0]
-        lm = torch.nn.functional.cross_entropy(logits, row.labels[0], ignore_index=-100, reduction="sum")
-        loss = loss + lm / batch.num_label_tokens
-        balance = sum(load.balance_loss for load in model.base_model.signal.loads.values())
-        # The mean over both micro-batches of the sum over layers.
-        model.base_model.with_balance_loss(lm / batch.num_label_tokens, weight=0.5).backward()
-        assert balance > 0
-    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    start_as_the_run_did(model, config, lambda path: base.get_submodule(path).base_layer.weight.detach())
+    step = first_step(model, config)
     first = metrics_of(folders["1 zero3, accumulated"])[0]
-    assert first["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    assert first["grad_norm"] == pytest.approx(grads.norm().item(), rel=1e-4)
+    assert first["loss"] == pytest.approx(step.loss, abs=1e-5)
+    assert first["grad_norm"] == pytest.approx(step.grad_norm, rel=1e-4)
 
 
 @pytest.mark.slow
