@@ -10,7 +10,7 @@ setup: .venv/complete
 .venv/complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,trl]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,lm-eval,trl]'
 	touch $@
 
 demo: setup
@@ -31,6 +31,7 @@ lint: setup
 bench: setup
 	python benchmarks/layer.py
 	python benchmarks/startup.py
+	python benchmarks/export.py
 	python benchmarks/base_4bit_memory.py
 	python benchmarks/base_4bit_step.py
 

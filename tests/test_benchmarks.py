@@ -10,6 +10,18 @@ from tests.launching import REPOSITORY, cpu_environment
 SMALLEST = {
     "layer.py": ["--tokens", "32", "--repetitions", "2", "--shape", "LLaMA-3.2-1B k"],
     "startup.py": ["--layers", "1", "--repeats", "1"],
+    "export.py": [
+        "--layers",
+        "1",
+        "--hidden",
+        "128",
+        "--intermediate",
+        "256",
+        "--vocabulary",
+        "64",
+        "--repetitions",
+        "2",
+    ],
     "base_4bit_memory.py": ["--ranks", "1", "2", "--layers", "1", "--hidden", "128", "--intermediate", "256"],
     "base_4bit_step.py": ["--shapes", "gemma-3-270m", "--tokens", "16", "--repetitions", "2"],
 }

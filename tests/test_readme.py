@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def test_export_commands_are_understood(flags: list[str]) -> None:
     # The folders of the README are not here: what is refused must be the checkpoint, not a flag.
     assert "usage:" not in done.stderr
     assert "runs/first" in done.stderr
+
+
+@pytest.mark.parametrize("flags", after("launch/evaluate.py"), ids=" ".join)
+def test_evaluation_commands_are_understood(flags: list[str]) -> None:
+    settings = runpy.run_path(str(REPOSITORY / "launch" / "evaluate.py"))["settings_from"](flags)
+    # The folder of tasks is not here.
+    assert [problem for problem in settings.problems() if "is no folder" not in problem] == []
 
 
 def test_make_targets_exist() -> None:

@@ -2,6 +2,7 @@
 
     sources ─> formats ─> layout ─> tokens ─> cache       records to token ids and labels, once per node
                                       packing ─> sampler ─> batches    packs to the same global batches on any ranks
+                                      probe, loss                      whether packs suit a model, and what it loses
 
 No rank, no environment and no clock in here: whatever depends on them is an argument.
 """
@@ -9,10 +10,11 @@ No rank, no environment and no clock in here: whatever depends on them is an arg
 from goat_ds.data.batches import Batches, MicroBatch, StepBatch, batches, eval_batches
 from goat_ds.data.cache import prepare
 from goat_ds.data.formats import DataFormat, Dropped, DropReason, Message, Record
+from goat_ds.data.loss import label_logits, label_loss_sum, label_targets
 from goat_ds.data.packing import Packed, PackReport, pack, pack_dataset
 from goat_ds.data.sampler import BatchPlan, GlobalBatch
 from goat_ds.data.sources import check_sources, load_records
-from goat_ds.data.tokens import IGNORE, Tokenised, TokenReport, prompt_ids, stop_ids, tokenise
+from goat_ds.data.tokens import IGNORE, Tokenised, TokenReport, load_tokenizer, prompt_ids, stop_ids, tokenise
 
 __all__ = [
     "IGNORE",
@@ -33,7 +35,11 @@ __all__ = [
     "batches",
     "check_sources",
     "eval_batches",
+    "label_logits",
+    "label_loss_sum",
+    "label_targets",
     "load_records",
+    "load_tokenizer",
     "pack",
     "pack_dataset",
     "prepare",

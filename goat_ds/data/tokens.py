@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from goat_ds.data.formats import Dropped, DropReason, Message, Record, first_problems
 from goat_ds.data.layout import Layout, Layouter
@@ -135,6 +135,18 @@ class Encoder:
             return []
         found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return found["input_ids"]
+
+
+def load_tokenizer(model: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model's folder or hub name.
+
+    Raises:
+        ConfigError: there is none, or it does not load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model ({model}) has no usable tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

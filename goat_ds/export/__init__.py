@@ -1,9 +1,26 @@
-"""How a trained model leaves: as a PEFT adapter, or as a Hugging Face folder that computes exactly what was trained."""
+"""How a trained model leaves: as a PEFT adapter, exactly as it was trained, or as dense weights near it."""
 
 from goat_ds.export.adapter import export_adapter
 from goat_ds.export.checkpoint import Adapter, find_adapter, read_adapter
+from goat_ds.export.dense import Dense, Fitting, export_dense, export_lora
 from goat_ds.export.dequantize import MergeBase
 from goat_ds.export.exact import export_exact
-from goat_ds.export.report import Exported
+from goat_ds.export.fit import Fit
+from goat_ds.export.report import Exported, ExportReport, MergeReport
 
-__all__ = ["Adapter", "Exported", "MergeBase", "export_adapter", "export_exact", "find_adapter", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "Dense",
+    "ExportReport",
+    "Exported",
+    "Fit",
+    "Fitting",
+    "MergeBase",
+    "MergeReport",
+    "export_adapter",
+    "export_dense",
+    "export_exact",
+    "export_lora",
+    "find_adapter",
+    "read_adapter",
+]

@@ -8,6 +8,7 @@ from pathlib import Path
 from goat_ds.export.base import copy_tokenizer, find_base
 from goat_ds.export.card import adapter_card
 from goat_ds.export.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from goat_ds.export.fingerprint import check_base
 from goat_ds.export.folder import check_new, new_folder
 from goat_ds.export.report import Exported, adapter_report
 
@@ -25,7 +26,7 @@ def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | No
 
     Raises:
         ConfigError: an argument is wrong.
-        ExportError: the adapter is not whole, or its base is not there.
+        ExportError: the adapter is not whole, or its base is not there, or is there with other weights.
     """
     output = Path(output)
     check_new(output)
@@ -33,6 +34,8 @@ def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | No
     found = find_base(adapter, base, weights=False)
     if base:
         adapter = replace(adapter, config=replace(adapter.config, base_model_name_or_path=base))
+    if found.has_weights and found.is_buildable:
+        check_base(adapter, found)
     report = adapter_report(adapter, found)
     with new_folder(output) as folder:
         shutil.copyfile(adapter.path / WEIGHTS_NAME, folder / WEIGHTS_NAME)

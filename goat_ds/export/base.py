@@ -72,6 +72,27 @@ class Base:
         """Whether its linear layers are stored in bitsandbytes' 4 bits."""
         return stored_quantization(self.skeleton.config) is not None
 
+    @property
+    def is_buildable(self) -> bool:
+        """Whether there is a ``skeleton``."""
+        try:
+            return self.skeleton is not None
+        except ExportError:
+            return False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights are on this disk, as safetensors."""
+        files = self._weight_files()
+        return bool(files) and all(file.is_file() for file in files)
+
+    def _weight_files(self) -> list[Path]:
+        index, single = self.path / INDEX_NAME, self.path / "model.safetensors"
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return [self.path / name for name in sorted(set(weight_map.values()))]
+        return [single] if single.is_file() else []
+
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The weights by their name on disk.
@@ -79,13 +100,8 @@ class Base:
         Raises:
             ExportError: they are not here as safetensors.
         """
-        index, single = self.path / INDEX_NAME, self.path / "model.safetensors"
-        if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [self.path / name for name in sorted(set(weight_map.values()))]
-        elif single.is_file():
-            files = [single]
-        else:
+        files = self._weight_files()
+        if not files:
             raise ExportError(
                 f"base ({self.path}) has no model.safetensors; write it once with "
                 "AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder) and give --base folder"

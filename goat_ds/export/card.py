@@ -8,11 +8,17 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from goat_ds.export.checkpoint import Adapter
-from goat_ds.export.report import ExportReport, hub_name
+from goat_ds.export.dequantize import MergeBase
+from goat_ds.export.report import ExportReport, MergeReport, hub_name
+from goat_ds.tuner.base_quantization import BaseQuantization
 
 METHOD = (
     "GOAT ([Make LoRA Great Again](https://arxiv.org/abs/2502.16894)) routes every token through a mixture of low-rank "
     "experts, each of which started from its own segment of the weights' singular spectrum."
+)
+STATIC = (
+    "The routers left before training ended, and the experts, fitted to what they gave on average, were trained on as "
+    "one dense adapter: what they add to a layer is the same for every token."
 )
 
 ADAPTER_USE = """\
@@ -30,9 +36,8 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
 
 EXACT_USE = """\
-The whole model: base weights, experts and router, with the modelling code beside them (`modeling_goat.py`, which \
-imports torch and transformers 5). Experts depend on the token, so no dense weights equal this model; a reader without \
-`trust_remote_code=True` finds weights missing.
+The whole model: base weights and experts, with the modelling code beside them (`modeling_goat.py`, which imports \
+torch and transformers 5); a reader without `trust_remote_code=True` finds weights missing.{why}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,30 +47,87 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```
 """
 
+DENSE_USE = """\
+Dense weights of the base's own architecture, {origin}; what merging cost is below and in `merge_report.json`.
 
-def adapter_card(adapter: Adapter, report: ExportReport, *, title: str) -> str:
-    """Write the card of an adapter folder."""
-    use = ADAPTER_USE.format(load=_loading(adapter), names=_names_to_import(adapter), folder=title)
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```
+
+{cost}"""
+
+LORA_USE = """\
+A plain LoRA adapter, {origin}; what merging cost is below and in `merge_report.json`.
+
+```python
+from peft import PeftModel
+from transformers import {names}
+
+{load}
+model = PeftModel.from_pretrained(base, {folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```
+
+{cost}"""
+
+
+def dense_card(adapter: Adapter, report: MergeReport, *, title: str) -> str:
+    """Write the card of a dense folder."""
+    use = DENSE_USE.format(folder=title, origin=_origin(adapter), cost=_cost(report))
+    return _card(adapter, report, title=title, library="transformers", use=use)
+
+
+def lora_card(adapter: Adapter, report: MergeReport, *, base: str, title: str) -> str:
+    """Write the card of a LoRA folder.
+
+    Args:
+        adapter: What was trained.
+        report: Which weights of the base it was merged for, and what that cost.
+        base: Folder or hub name of the base.
+        title: Of the card.
+    """
+    packed = adapter.quantization if report.merge_base is MergeBase.DEQUANT_W4 else None
+    use = LORA_USE.format(
+        folder=title,
+        load=_loading(base, packed),
+        names=_names_to_import(packed),
+        origin=_origin(adapter),
+        cost=_cost(report),
+    )
     return _card(adapter, report, title=title, library="peft", use=use)
 
 
-def _names_to_import(adapter: Adapter) -> str:
-    return "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if adapter.quantization else "")
+def _origin(adapter: Adapter) -> str:
+    if adapter.is_routed:
+        return "merged from routed experts as near as dense weights come"
+    return "merged from experts that a dense finish had freed of their routers"
 
 
-def _loading(adapter: Adapter) -> str:
+def _cost(report: MergeReport) -> str:
+    lines = "\n".join(report.table())
+    return f"```text\n{lines}\n```\n"
+
+
+def adapter_card(adapter: Adapter, report: ExportReport, *, title: str) -> str:
+    """Write the card of an adapter folder."""
+    base = adapter.config.base_model_name_or_path or "base"
+    packed = adapter.quantization
+    use = ADAPTER_USE.format(load=_loading(base, packed), names=_names_to_import(packed), folder=title)
+    return _card(adapter, report, title=title, library="peft", use=use)
+
+
+def _names_to_import(trained: BaseQuantization | None) -> str:
+    return "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if trained else "")
+
+
+def _loading(base: str, trained: BaseQuantization | None) -> str:
     """Write the lines that load the base as it was in training."""
-    base, trained = adapter.config.base_model_name_or_path or "base", adapter.quantization
     if trained is None:
         return f"base = AutoModelForCausalLM.from_pretrained({base!r})"
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": trained.packing.quant_type,
-        "bnb_4bit_use_double_quant": trained.packing.double_quant,
-        "bnb_4bit_compute_dtype": trained.compute_dtype,
-    }
-    if trained.kept:
-        settings["llm_int8_skip_modules"] = ["lm_head", *trained.kept]
+    settings = trained.bitsandbytes_settings()
     lines = ["quantization = BitsAndBytesConfig(", *(f"    {name}={value!r}," for name, value in settings.items()), ")"]
     lines.append(
         f"base = AutoModelForCausalLM.from_pretrained(\n    {base!r}, dtype={trained.dtype!r}, "
@@ -76,7 +138,8 @@ def _loading(adapter: Adapter) -> str:
 
 def exact_card(adapter: Adapter, report: ExportReport, *, title: str) -> str:
     """Write the card of an exact folder."""
-    return _card(adapter, report, title=title, library="transformers", use=EXACT_USE.format(folder=title))
+    why = " Experts depend on the token, so no dense weights equal this model." if adapter.is_routed else ""
+    return _card(adapter, report, title=title, library="transformers", use=EXACT_USE.format(folder=title, why=why))
 
 
 def _card(adapter: Adapter, report: ExportReport, *, title: str, library: str, use: str) -> str:
@@ -87,7 +150,8 @@ def _card(adapter: Adapter, report: ExportReport, *, title: str, library: str, u
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(adapter, report))
     table = f"## Training\n\n| | |\n|---|---|\n{rows}"
-    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{METHOD}\n\n{use}\n{table}\n"
+    method = METHOD if adapter.config.routed else f"{METHOD} {STATIC}"
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{method}\n\n{use}\n{table}\n"
 
 
 def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
@@ -103,7 +167,7 @@ def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
     yield "adapted layers", len(adapter.layers)
     if adapter.whole:
         yield "trained whole", ", ".join(adapter.whole)
-    for name in ("r", "num_experts", "top_k", "init", "rho", "scaling"):
+    for name in ("r", "num_experts", "top_k", "routed", "init", "rho", "scaling"):
         yield name, getattr(config, name)
     if config.scaling == "theory":
         yield "eta", config.eta

@@ -25,7 +25,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 TENSOR_PREFIX = "goat_"
-ARITHMETIC = ("r", "num_experts", "top_k", "init", "scaling", "eta", "lora_alpha", "adaptive_scale", "residual")
+ARITHMETIC = (
+    "r", "num_experts", "top_k", "init", "scaling", "eta", "lora_alpha", "adaptive_scale", "residual", "routed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,15 @@ class Adapter:
     def is_folded(self) -> bool:
         """Whether training subtracted the start's contribution from the base weights."""
         return self.config.init.decomposes and self.config.residual is Residual.FOLD
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether what an expert adds depends on the token; else the adapter is dense."""
+        return self.config.routed and self.config.num_experts > 1
+
+    def in_features(self, path: str) -> int:
+        """Give ``I`` of one layer."""
+        return self.layers[path]["A"].shape[1]
 
     @property
     def quantization(self) -> BaseQuantization | None:
@@ -186,7 +197,7 @@ def _expected_shapes(tensors: dict[str, StoredTensor], config: GoatConfig) -> di
     shapes: dict[str, tuple[int, ...]] = {"A": a_shape, "B": b_shape}
     if config.init.decomposes:
         shapes |= {"A0": a_shape, "B0": b_shape}
-    if config.num_experts > 1:
+    if config.num_experts > 1 and config.routed:
         shapes["router"] = (config.num_experts, in_features)
     if config.adaptive_scale:
         shapes["s"] = (config.num_experts,)
@@ -210,4 +221,5 @@ def _whole_problems(whole: dict[str, StoredTensor], stray: list[str], config: Go
 
 
 def _settings(config: GoatConfig) -> str:
-    return f"init {config.init}, num_experts {config.num_experts}, adaptive_scale {str(config.adaptive_scale).lower()}"
+    flags = ", ".join(f"{name} {str(getattr(config, name)).lower()}" for name in ("adaptive_scale", "routed"))
+    return f"init {config.init}, num_experts {config.num_experts}, {flags}"

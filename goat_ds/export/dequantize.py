@@ -71,6 +71,11 @@ def _check_stored(adapter: Adapter, base: Base, choice: MergeBase) -> None:
         )
 
 
+def start_is_packed(adapter: Adapter, merge_base: MergeBase) -> bool:
+    """Whether the weights of ``merge_base`` hold ``-W_res`` already: 4-bit ones were packed with it."""
+    return adapter.is_folded and merge_base is MergeBase.DEQUANT_W4
+
+
 def packing_of_stored(base: Base, key: str) -> Packing:
     """Say how a tensor of a 4-bit base is packed, without reading its statistics."""
     blob = next(tensor for name, tensor in base.statistics(key).items() if name.startswith("quant_state."))

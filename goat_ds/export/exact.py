@@ -16,7 +16,8 @@ from goat_ds.export.base import Base, KeyMap, copy_terms, copy_tokenizer, find_b
 from goat_ds.export.card import exact_card
 from goat_ds.export.checkpoint import Adapter, read_adapter
 from goat_ds.export.dequantize import MergeBase, choose_weights
-from goat_ds.export.folder import check_new, new_folder
+from goat_ds.export.fingerprint import check_base
+from goat_ds.export.folder import check_new, check_room, new_folder
 from goat_ds.export.layout import check_fit, tensors_to_write, trained_ties
 from goat_ds.export.report import Exported, exact_report
 from goat_ds.export.tensors import StoredTensor, plan_shards, write_shards
@@ -44,7 +45,8 @@ def export_exact(
 
     Raises:
         ConfigError: an argument is wrong.
-        ExportError: adapter or base is not whole, or they do not fit each other.
+        ExportError: adapter or base is not whole, or they do not fit each other, or the base has other weights than
+            that of training.
     """
     output = Path(output)
     check_new(output)
@@ -53,11 +55,13 @@ def export_exact(
     check_fit(adapter, found.skeleton)
     merge_base = choose_weights(adapter, found, merge_base)
     tensors = tensors_to_write(adapter, found, merge_base)
+    check_base(adapter, found)
     config = config_to_write(adapter, found, merge_base)
     _check_names(tensors, config)
     shards = plan_shards(tensors, max_shard_size)
     assert isinstance(config.dtype, torch.dtype)
     report = exact_report(adapter, found, merge_base=merge_base, dtype=config.dtype)
+    check_room(output, sum(tensor.num_bytes for tensor in tensors.values()))
     with new_folder(output) as folder:
         write_shards(tensors, shards, folder)
         config.save_pretrained(folder)
@@ -81,6 +85,7 @@ def config_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> PreT
         "r": adapter.config.r,
         "num_experts": adapter.config.num_experts,
         "top_k": adapter.config.top_k,
+        "routed": adapter.is_routed,
         "residual": adapter.config.init.decomposes and not adapter.is_folded,
         "adaptive_scale": adapter.config.adaptive_scale,
         "merge_base": str(merge_base),

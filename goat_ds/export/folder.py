@@ -19,6 +19,21 @@ def check_new(output: Path) -> None:
         raise ConfigError(f"output ({output}) exists already; name a new folder, nothing is overwritten")
 
 
+def check_room(output: Path, num_bytes: int) -> None:
+    """Hold that the disk has room, before hours go into what is to be written.
+
+    Raises:
+        ExportError: it has less than ``num_bytes``.
+    """
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise ExportError(
+            f"output ({output}) needs {num_bytes / 2**30:.2f} GiB, and its disk has {free / 2**30:.2f} GiB left; make "
+            "room, or name a folder on another disk"
+        )
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``output`` that takes its name at the end, or is removed on any error.

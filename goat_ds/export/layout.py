@@ -8,6 +8,7 @@ Shape letters: O out features, I in features, E experts, R total rank.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -57,7 +58,7 @@ def _shape_OI(layer: nn.Module) -> tuple[int, ...]:
 
 
 def tensors_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> dict[str, StoredTensor]:
-    """Lay out the whole checkpoint by name: the base's tensors, those trained in their place, the experts'.
+    """Lay out the whole routed checkpoint by name: the base's tensors, those trained in their place, the experts'.
 
     Args:
         adapter: What was trained.
@@ -67,22 +68,62 @@ def tensors_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> dic
     Raises:
         ExportError: the base lacks a layer, or holds it only as part of another tensor.
     """
+    written = {}
+    for item in base_tensors(adapter, base, merge_base):
+        # What transformers assembles on reading, such as the experts of a mixture model, keeps its names on disk.
+        written[item.key if item.is_converted else _written_name(item.name, adapter)] = item.tensor
+    for path in adapter.layers:
+        written |= {f"{path}.goat_{name}": tensor for name, tensor in _experts(adapter, path)}
+    return written
+
+
+class BaseTensor(NamedTuple):
+    """One tensor of the base as training left it.
+
+    ``name`` is the parameter's in the model, ``key`` the one on disk; ``is_converted`` where the parameter is computed
+    from the tensor instead of being it.
+    """
+
+    name: str
+    key: str
+    tensor: StoredTensor
+    is_converted: bool
+
+
+def base_tensors(adapter: Adapter, base: Base, merge_base: MergeBase, *, folded: bool = True) -> list[BaseTensor]:
+    """List what the base consists of beside the experts: its own tensors, and those trained whole in their place.
+
+    Args:
+        adapter: What was trained.
+        base: On what; the statistics beside its 4-bit tensors are left behind.
+        merge_base: Whether weights are what their 4 bits stand for.
+        folded: Whether an unquantised weight is given with what was folded into it in training, where anything was.
+
+    Raises:
+        ExportError: the base lacks a layer, or holds it only as part of another tensor.
+    """
     keys = KeyMap(base.skeleton)
     # What the architecture does not read, such as the causal masks in old files, is left behind.
     key_of = {name: key for key in base.tensors if (name := keys.parameter(key))}
     four_bit = set(dequantized_names(adapter, base, key_of)) if merge_base is MergeBase.DEQUANT_W4 else set()
     _check_base_layers(adapter, base, keys, key_of, four_bit)
-    written = {}
-    for key in base.tensors:
-        if name := keys.parameter(key):
-            # What transformers assembles on reading, such as the experts of a mixture model, keeps its names on disk.
-            to = key if keys.is_converted(key) else _written_name(name, adapter)
-            written[to] = _written_tensor(name, key, adapter, base, four_bit)
-    for name, tensor in _untied(adapter, base, key_of).items():
-        written[_written_name(name, adapter)] = tensor
-    for path in adapter.layers:
-        written |= {f"{path}.goat_{name}": tensor for name, tensor in _experts(adapter, path)}
-    return written
+    _check_whole(adapter, base, key_of)
+    found = [
+        BaseTensor(name, key, _base_tensor(name, key, adapter, base, four_bit, folded), keys.is_converted(key))
+        for key in base.tensors
+        if (name := keys.parameter(key))
+    ]
+    untied = _untied(adapter, base, key_of)
+    return [*found, *(BaseTensor(name, name, tensor, False) for name, tensor in untied.items())]
+
+
+def _check_whole(adapter: Adapter, base: Base, key_of: dict[str, str]) -> None:
+    """Hold that the base's files have every parameter: transformers would draw a missing one at random."""
+    ties, have = base.skeleton.all_tied_weights_keys, {*key_of, *adapter.whole}
+    have |= {name for pair in ties.items() if have & set(pair) for name in pair}
+    if missing := [name for name, _ in base.skeleton.named_parameters() if name not in have]:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise ExportError(f"base ({base.path}) has no tensor for {shown}; give a base that is whole with --base PATH")
 
 
 def _check_base_layers(adapter: Adapter, base: Base, keys: KeyMap, key_of: dict[str, str], four_bit: set[str]) -> None:
@@ -108,14 +149,14 @@ def _written_name(name: str, adapter: Adapter) -> str:
     return f"{path}.base_layer.{leaf}" if path in adapter.layers else name
 
 
-def _written_tensor(name: str, key: str, adapter: Adapter, base: Base, four_bit: set[str]) -> StoredTensor:
+def _base_tensor(name: str, key: str, adapter: Adapter, base: Base, four_bit: set[str], folded: bool) -> StoredTensor:
     path, _, leaf = name.rpartition(".")
     tensor = base.tensors[key]
     if name in adapter.whole:
         return adapter.whole[name]
     if name in four_bit:
         return dequantized(name, key, adapter, base)
-    if adapter.is_folded and path in adapter.layers and leaf == "weight":
+    if folded and adapter.is_folded and path in adapter.layers and leaf == "weight":
         transposed = isinstance(base.skeleton.get_submodule(path), Conv1D)
         dtype = adapter.dtype if four_bit else tensor.dtype
         return StoredTensor(dtype, tensor.shape, partial(_fold, tensor, dtype, adapter, path, transposed))

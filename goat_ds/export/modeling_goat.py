@@ -22,10 +22,10 @@ WIDENED_TOKENS = 2048
 
 
 class GoatLayer(nn.Module):
-    """A linear layer plus its routed experts: ``W0 x + b + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``.
+    """A linear layer plus its experts: ``W0 x + b + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``.
 
     The experts are stacked: expert ``e`` owns rows ``e D … (e+1) D - 1`` of ``A`` and those columns of ``B``. Every
-    expert is computed for every token and the unselected ones are multiplied by zero.
+    expert is computed for every token and the unselected ones are multiplied by zero. Without a router, ``g_e`` is 1.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class GoatLayer(nn.Module):
         r: int,
         num_experts: int,
         top_k: int,
+        routed: bool,
         residual: bool,
         adaptive_scale: bool,
     ) -> None:
@@ -48,7 +49,7 @@ class GoatLayer(nn.Module):
         self.goat_B = nn.Parameter(torch.zeros(out_features, r))
         self.goat_A0 = nn.Parameter(torch.zeros(r, in_features)) if residual else None
         self.goat_B0 = nn.Parameter(torch.zeros(out_features, r)) if residual else None
-        self.goat_router = nn.Parameter(torch.zeros(num_experts, in_features)) if num_experts > 1 else None
+        self.goat_router = nn.Parameter(torch.zeros(num_experts, in_features)) if routed else None
         self.goat_s = nn.Parameter(torch.zeros(num_experts)) if adaptive_scale else None
 
     @property
@@ -83,7 +84,7 @@ class GoatLayer(nn.Module):
     def _rank_gates(self, x_TI: Tensor) -> Tensor | float:
         """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``."""
         if self.goat_router is None:
-            return self.scale if self.goat_s is None else self.goat_s.to(x_TI.dtype)
+            return self.scale if self.goat_s is None else self.goat_s.to(x_TI.dtype).repeat_interleave(self.expert_rank)
         # Logits in bf16 would tie or swap experts whose logits differ by less than 1/256 of their size.
         wide = torch.promote_types(x_TI.dtype, torch.float32)
         pieces = x_TI.split(WIDENED_TOKENS) if x_TI.dtype != wide else (x_TI,)
@@ -137,6 +138,7 @@ class GoatForCausalLM(PreTrainedModel):
                 r=goat["r"],
                 num_experts=goat["num_experts"],
                 top_k=goat["top_k"],
+                routed=goat["routed"],
                 residual=goat["residual"],
                 adaptive_scale=goat["adaptive_scale"],
             )

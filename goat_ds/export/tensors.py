@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -33,6 +33,18 @@ TORCH_DTYPES = {
 }
 
 
+BUFFER_SIZE = 2**20
+"""Bytes that are copied at a time: they stay in the processor's cache on their way."""
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    start: int
+    """Of its first byte, in the file."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """What is known of a tensor before it is read, and how to read it."""
@@ -40,6 +52,8 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    place: Place | None = None
+    """Where its bytes lie as ``read`` gives them; None: they are computed."""
 
     @property
     def num_bytes(self) -> int:
@@ -56,18 +70,42 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            places = _places(path)
             return {
-                name: StoredTensor(TORCH_DTYPES[s.get_dtype()], tuple(s.get_shape()), partial(_read, path, name))
+                name: StoredTensor(
+                    TORCH_DTYPES[s.get_dtype()], tuple(s.get_shape()), partial(_read, path, name), places[name]
+                )
                 for name, s in slices.items()
             }
     except (OSError, SafetensorError, KeyError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
 
 
+def _places(path: Path) -> dict[str, Place]:
+    # The library has found the file whole, and does not say where in it a tensor is.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    return {name: Place(path, 8 + length + entry["data_offsets"][0]) for name, entry in entries}
+
+
 def _read(path: Path, name: str) -> Tensor:
     # Opened anew for each tensor: an open file keeps every page it has read in memory.
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
+
+
+def read_unmapped(tensor: StoredTensor) -> Tensor:
+    """Give a tensor in memory of its own: faulting in the pages of a mapped file takes longer than reading it."""
+    if tensor.place is None:
+        return tensor.read()
+    content = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+    with tensor.place.path.open("rb", buffering=0) as file:
+        file.seek(tensor.place.start)
+        if file.readinto(content.numpy().data) != tensor.num_bytes:
+            raise ExportError(f"{tensor.place.path} ends before its tensors do")
+    return content.view(tensor.dtype).view(tensor.shape)
 
 
 def plan_shards(tensors: Mapping[str, StoredTensor], max_shard_size: str) -> dict[str, list[str]]:
@@ -109,14 +147,34 @@ def _write_file(tensors: Mapping[str, StoredTensor], path: Path, bar: "tqdm[None
     # The library's own writer wants all tensors of a file in memory. The format is a length, a JSON header and the
     # data; wide dtypes first keeps every tensor aligned (https://github.com/huggingface/safetensors#format).
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    buffer = memoryview(bytearray(BUFFER_SIZE))
     with path.open("wb") as file:
         _write_header(ordered, file)
         for name, tensor in ordered.items():
-            value = tensor.read()
-            if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
-                raise AssertionError(f"{name}: planned {tensor.dtype} {tensor.shape}, read {value.dtype} {value.shape}")
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if tensor.place is None:
+                _write_value(name, tensor, file)
+            else:
+                _copy_bytes(tensor.place, tensor.num_bytes, file, buffer)
             bar.update(tensor.num_bytes)
+
+
+def _write_value(name: str, tensor: StoredTensor, file: BinaryIO) -> None:
+    value = tensor.read()
+    if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
+        raise AssertionError(f"{name}: planned {tensor.dtype} {tensor.shape}, read {value.dtype} {value.shape}")
+    file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _copy_bytes(place: Place, num_bytes: int, file: BinaryIO, buffer: memoryview) -> None:
+    # Through a small buffer and not from a mapped file, of which every page would be faulted in and out again.
+    with place.path.open("rb", buffering=0) as source:
+        source.seek(place.start)
+        while num_bytes:
+            num_read = source.readinto(buffer[:num_bytes])
+            if not num_read:
+                raise ExportError(f"{place.path} ended while it was read")
+            file.write(buffer[:num_read])
+            num_bytes -= num_read
 
 
 def _write_header(tensors: Mapping[str, StoredTensor], file: BinaryIO) -> None:

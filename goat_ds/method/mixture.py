@@ -32,8 +32,9 @@ WIDENED_TOKENS = 2048
 class MixtureFactors(NamedTuple):
     """The tensors of one layer's mixture.
 
-    ``a0_RI`` and ``b0_OR`` are None where there is no low-rank residual, ``router_EI`` is None for one expert,
-    ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts share ``MixtureSettings.scale``.
+    ``a0_RI`` and ``b0_OR`` are None where there is no low-rank residual, ``router_EI`` is None for one expert and for
+    static experts, which all count for every token, ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts
+    share ``MixtureSettings.scale``.
     """
 
     a_RI: Tensor
@@ -61,10 +62,26 @@ class MixtureSettings:
 
 
 class MixtureOutput(NamedTuple):
-    """The adapted layer's output ``[..., O]`` and what its router did; ``load`` is None for one expert."""
+    """The adapted layer's output ``[..., O]`` and what its router did; ``load`` is None without one."""
 
     y: Tensor
     load: RouterLoad | None
+
+
+class GatedActivations(NamedTuple):
+    """``g ∘ A x`` without scale ``[T, R]``, in the dtype of ``x``, and the gates ``[T, E]`` in fp32 or better."""
+
+    h_TR: Tensor
+    gates_TE: Tensor
+
+
+def gated_activations(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> GatedActivations:
+    """Give what a router lets through of the rank-R activations; has no gradient of its own."""
+    gates = _gates(x_TI, factors.router_EI, settings)
+    assert gates is not None, "a layer without a router is static already"
+    u_TR = x_TI @ factors.a_RI.to(x_TI.dtype).T
+    expert_rank = len(factors.a_RI) // settings.num_experts
+    return GatedActivations(u_TR * gates.gates_TE.to(x_TI.dtype).repeat_interleave(expert_rank, dim=1), gates.gates_TE)
 
 
 def mixture(
@@ -207,9 +224,14 @@ def _scales(factors: MixtureFactors, settings: MixtureSettings, *, like: Tensor)
 def _rank_gates(
     gates_TE: Tensor | None, factors: MixtureFactors, settings: MixtureSettings, *, dtype: torch.dtype
 ) -> Tensor | float:
-    """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``."""
+    """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``.
+
+    A number or ``[R]`` without a router.
+    """
     if gates_TE is None:
-        return settings.scale if factors.scale_E is None else factors.scale_E.to(dtype)
+        if factors.scale_E is None:
+            return settings.scale
+        return factors.scale_E.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts)
     scaled_TE = gates_TE * _scales(factors, settings, like=gates_TE)
     return scaled_TE.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts, dim=1)
 

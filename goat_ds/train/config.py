@@ -5,6 +5,7 @@ embedded demo starts from the demo's own settings.
 """
 
 import dataclasses
+import math
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from transformers import HfArgumentParser
 
 from goat_ds import demo
 from goat_ds.data import DataFormat
+from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Start
@@ -136,12 +138,18 @@ class TrainConfig:
     adam_beta2: float = _flag(0.999, "decay of AdamW's second moment")
     adam_eps: float = _flag(1e-8, "AdamW's epsilon")
     max_grad_norm: float = _flag(1.0, "norm the gradient is clipped to; 0 switches clipping off")
+    dense_finish: float = _flag(
+        0.0, "share of the run after which experts become dense and train on without routers; 0 means never"
+    )
 
     # -- watching
     log_steps: int = _flag(1, "steps between lines of metrics.jsonl")
     router_log_steps: int = _flag(10, "steps between lines of routers.jsonl (load of every expert of every layer)")
     eval_steps: int = _flag(0, "steps between evaluations; 0 means only at the end")
     save_steps: int = _flag(0, "steps between checkpoints; 0 means only at the end")
+    calibration_sample_tokens: int = _flag(
+        NUM_TOKENS, "tokens of the training data that a checkpoint keeps to fit exports on; 0 keeps none"
+    )
 
     def goat(self) -> GoatConfig:
         """Give the adapter's settings.
@@ -182,6 +190,23 @@ class TrainConfig:
         """Give the steps of warm-up in a run of ``num_steps``."""
         return min(100, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
+    def finish_after(self, num_steps: int) -> int | None:
+        """Give the step of a run of ``num_steps`` after which experts become dense; None: they never do.
+
+        Raises:
+            ConfigError: nothing would come before it or after it.
+        """
+        if not self.dense_finish:
+            return None
+        # A product such as 0.29 * 100 falls short of a whole number by rounding alone.
+        step = math.floor(self.dense_finish * num_steps + 1e-9)
+        if not 0 < step < num_steps:
+            raise ConfigError(
+                f"dense_finish ({self.dense_finish}) is after step {step} of {num_steps}; it must leave steps before "
+                "and after it"
+            )
+        return step
+
     @property
     def adam_betas(self) -> tuple[float, float]:
         """AdamW's decays of the moments."""
@@ -204,7 +229,8 @@ class TrainConfig:
                     yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
         if self.bnb_4bit_blocksize not in BLOCK_SIZES:
             yield f"bnb_4bit_blocksize ({self.bnb_4bit_blocksize}) must be one of {', '.join(map(str, BLOCK_SIZES))}"
-        for name in ("max_steps", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
+        not_negative = ("max_steps", "warmup_steps", "eval_steps", "save_steps", "calibration_sample_tokens")
+        for name in (*not_negative, "weight_decay", "max_grad_norm", "seed"):
             if (getattr(self, name) or 0) < 0:
                 yield f"{name} ({getattr(self, name)}) must be at least 0"
         for name in ("learning_rate", "adam_eps"):
@@ -227,8 +253,23 @@ class TrainConfig:
             yield f"learning_rate ({self.learning_rate}) must be above {POLYNOMIAL_END}, where polynomial ends"
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
+        yield from self._finish_problems()
         if self.eval_steps and not self.eval_data and not self.is_demo:
             yield f"eval_steps ({self.eval_steps}) is set and eval_data is not"
+
+    def _finish_problems(self) -> Iterator[str]:
+        if not 0 <= self.dense_finish < 1:
+            yield f"dense_finish ({self.dense_finish}) must be in [0, 1)"
+            return
+        if self.dense_finish and self.num_experts == 1:
+            yield f"dense_finish ({self.dense_finish}) has no effect with num_experts 1, which is dense; leave it out"
+        if self.dense_finish and self.precision is Precision.FP16:
+            yield f"dense_finish ({self.dense_finish}) would restart the loss scale of precision fp16; use bf16 or fp32"
+        if self.max_steps > 0:
+            try:
+                self.finish_after(self.max_steps)
+            except ConfigError as error:
+                yield from error.problems
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:

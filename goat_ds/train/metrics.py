@@ -34,6 +34,11 @@ class Metrics:
         self._files: dict[str, TextIO] = {}
         self._begin_step()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all ranks so far."""
+        return self._tokens
+
     def _begin_step(self) -> None:
         self._sums: Tensor | None = None
         self._routers: dict[str, Tensor] = {}
@@ -57,7 +62,7 @@ class Metrics:
         routers_NE = totals[4:].reshape(routers_NE.shape) / max(num_real, 1)
         result = StepTotals(
             loss=lm_sum / num_label_tokens,
-            balance_loss=balance / max(num_real, 1),
+            balance_loss=balance / max(num_real, 1) if self._routers else None,
             routers=dict(zip(self._routers, routers_NE.tolist(), strict=True)),
         )
         self._tokens += int(num_tokens)
@@ -97,6 +102,11 @@ class Metrics:
             tqdm.write(f"step {step}: eval_loss {eval_loss:.4f}, perplexity {line['eval_perplexity']:.4f}")
         self._since = time.monotonic()
 
+    def record_finish(self, step: int, **numbers: float) -> None:
+        """Write a line with what a dense finish was made from."""
+        self._write("metrics", {"step": step, "dense_finish": numbers})
+        self._since = time.monotonic()
+
     def step_done(self) -> None:
         """Move the progress bar."""
         self._bar.update()
@@ -123,9 +133,13 @@ class Metrics:
 
 
 class StepTotals:
-    """A step's numbers over all ranks; ``routers`` holds, by layer, E loads, the entropy and ``L_b``."""
+    """A step's numbers over all ranks.
 
-    def __init__(self, *, loss: float, balance_loss: float, routers: dict[str, list[float]]) -> None:
+    ``routers`` holds, by layer, E loads, the entropy and ``L_b``; where nothing routes, it is empty and
+    ``balance_loss`` is None.
+    """
+
+    def __init__(self, *, loss: float, balance_loss: float | None, routers: dict[str, list[float]]) -> None:
         self.loss, self.balance_loss, self.routers = loss, balance_loss, routers
 
     @property

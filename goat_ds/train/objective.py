@@ -4,17 +4,14 @@ The loss of a step is the mean over the label tokens of the whole global batch, 
 micro-batches. DeepSpeed averages gradients over ranks and micro-batches, so each micro-batch's sum is divided by
 the global number of label tokens and multiplied by the number of micro-batches. The balance loss of a step is the mean
 over the micro-batches that hold data; fillers, which only keep the ranks in step, have no say in it.
-
-Shape letters: L label positions, V vocabulary.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from goat_ds.data import MicroBatch, StepBatch
+from goat_ds.data import MicroBatch, StepBatch, label_loss_sum
 
 
 class StepLoss(NamedTuple):
@@ -27,18 +24,6 @@ class StepLoss(NamedTuple):
     total: Tensor
     lm_sum: Tensor
     balance: Tensor
-
-
-def label_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
-    """Give the summed cross-entropy of a micro-batch's labels; logits exist only where there is a label."""
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.label_index,
-        use_cache=False,
-    )
-    logits_LV = output.logits[0].float()
-    return functional.cross_entropy(logits_LV, batch.labels[0, batch.label_index], reduction="sum")
 
 
 def objective(

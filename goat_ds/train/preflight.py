@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from goat_ds import demo
-from goat_ds.data import check_sources
+from goat_ds.data import check_sources, load_tokenizer
+from goat_ds.data.probe import row_problem
 from goat_ds.errors import ConfigError
 from goat_ds.train.config import TrainConfig
 from goat_ds.zero import ds_config, engine, ranks
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
-from goat_ds.zero.probe import row_problem
 from goat_ds.zero.ranks import Ranks
 
 
@@ -29,18 +27,6 @@ def train_sources(config: TrainConfig) -> list[str]:
 def eval_sources(config: TrainConfig) -> list[str]:
     """Give the held-out sources; may be empty."""
     return [str(demo.heldout_data())] if config.is_demo and not config.eval_data else list(config.eval_data or ())
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer.
-
-    Raises:
-        ConfigError: there is none, or it does not load.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model ({model}) has no usable tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def engine_settings(config: TrainConfig, *, world_size: int, raw: dict[str, Any]) -> EngineSettings:

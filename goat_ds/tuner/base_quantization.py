@@ -42,6 +42,21 @@ class BaseQuantization:
             "kept": list(self.kept),
         }
 
+    def bitsandbytes_settings(self) -> dict[str, Any]:
+        """Give what transformers' ``BitsAndBytesConfig`` needs to quantise a base like this one.
+
+        It has no word for ``block_size``, which is bitsandbytes' own 64 there.
+        """
+        settings: dict[str, Any] = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.packing.quant_type,
+            "bnb_4bit_use_double_quant": self.packing.double_quant,
+            "bnb_4bit_compute_dtype": self.compute_dtype,
+        }
+        if self.kept:
+            settings["llm_int8_skip_modules"] = ["lm_head", *self.kept]
+        return settings
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BaseQuantization":
         """Read what ``to_dict`` gave; ``problems`` must have found none."""

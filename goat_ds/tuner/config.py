@@ -12,6 +12,7 @@ from goat_ds.errors import raise_if_any
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Start
 from goat_ds.tuner.base_quantization import BaseQuantization
+from goat_ds.tuner.fingerprint import BaseFingerprint
 
 
 class GoatPeftType(StrEnum):
@@ -55,6 +56,10 @@ class GoatConfig(PeftConfig):
         layers_pattern: Name of the list of blocks, where PEFT does not guess it.
         base_quantization: How the base was quantised that the adapter was trained on, as
             ``quantized.BaseQuantization`` writes it; None: not at all. Recorded when experts start.
+        routed: False once the mixture was replaced by its static form, in which ``A`` serves every token without a
+            router (``method.static``): such an adapter is dense. It can be loaded but not started.
+        base_fingerprint: The content of that base, as ``fingerprint.BaseFingerprint`` has it; None: unknown, as where
+            it was stored in 4 bits. Recorded when experts start.
         deferred: Leave the factors empty when the layers are made, because they come from an adapter file or from
             shared decomposition. Always true in a saved config, so that loading never repeats an SVD.
     """
@@ -77,6 +82,8 @@ class GoatConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     base_quantization: dict[str, Any] | None = None
+    routed: bool = True
+    base_fingerprint: dict[str, str] | None = None
     deferred: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +122,10 @@ class GoatConfig(PeftConfig):
             yield f"balance_coef ({self.balance_coef}) must be at least 0"
         if not 0 <= self.dropout < 1:
             yield f"dropout ({self.dropout}) must be in [0, 1)"
+        if type(self.routed) is not bool:
+            yield f"routed ({self.routed!r}) must be true or false"
+        elif not self.routed and not self.deferred:
+            yield "routed (False) is what a trained mixture becomes and cannot be started; use True"
         if self.init == Start.ZERO and self.adaptive_scale:
             yield "adaptive_scale needs a start with singular values, and init is zero"
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -124,6 +135,8 @@ class GoatConfig(PeftConfig):
             yield "layers_to_transform does nothing beside a regular expression in target_modules; write it there"
         if self.base_quantization is not None:
             yield from BaseQuantization.problems(self.base_quantization)
+        if self.base_fingerprint is not None:
+            yield from BaseFingerprint.problems(self.base_fingerprint)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(self, name), str) and (reason := _pattern_problem(pattern)):
                 yield f"{name} ({pattern}) is not a regular expression: {reason}; mend it, or give a list of names"

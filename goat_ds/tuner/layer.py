@@ -30,8 +30,8 @@ from goat_ds.tuner.quantized import is_4bit, weight_of_4bit
 
 FROZEN = ("A0", "B0", "s")
 MERGE_REFUSAL = (
-    "a GOAT adapter routes every token, so no dense weight equals it and it is never merged in place; write a "
-    "checkpoint instead: python launch/export.py --mode exact (or --mode adapter)"
+    "a GOAT adapter is never merged in place: what routed experts add depends on the token; write a checkpoint "
+    "instead: python launch/export.py --mode exact, or --mode dense for the nearest dense weights and what they cost"
 )
 
 
@@ -57,7 +57,8 @@ class GoatExperts(nn.Module):
         has_start = config.init.decomposes
         self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_start else None
         self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_start else None
-        self.router = nn.Parameter(torch.empty(num_experts, in_features, **place)) if num_experts > 1 else None
+        has_router = num_experts > 1 and config.routed
+        self.router = nn.Parameter(torch.empty(num_experts, in_features, **place)) if has_router else None
         self.s = _frozen(torch.empty(num_experts, **place)) if config.adaptive_scale else None
 
     @property
@@ -119,6 +120,14 @@ class GoatExperts(nn.Module):
         """Whether the start's contribution belongs into the base weight, and not beside it."""
         return self.config.residual is Residual.FOLD and self.A0 is not None
 
+    def become_static(self, config: GoatConfig) -> None:
+        """Let the router go; ``A`` must be given its static form.
+
+        Args:
+            config: The ``tuner.static.static_config`` of the adapter's own, the same object for all its layers.
+        """
+        self.router, self.config = None, config
+
     def add_residual_(self, weight_OI: Tensor, *, times: int) -> None:
         """Add ``times`` the residual ``W_res = Σ_e s_e/E B0_e A0_e`` to a weight in place."""
         assert self.A0 is not None and self.B0 is not None
@@ -140,20 +149,11 @@ class GoatExperts(nn.Module):
                 f"the GOAT adapter of {self.name} is empty: its config is deferred, and neither an adapter file nor "
                 "shared decomposition has filled it; use a GoatConfig with deferred=False to start from the weights"
             )
-        residual = self.config.residual is Residual.LOWRANK
-        factors = MixtureFactors(
-            a_RI=self.A,
-            b_OR=self.B,
-            a0_RI=self.A0 if residual else None,
-            b0_OR=self.B0 if residual else None,
-            router_EI=self.router,
-            scale_E=self.s,
-        )
-        settings = self._settings()
+        settings = self.settings()
         # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
         x = x.to(base.dtype)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            output = mixture(x, base, factors, settings, signal=self.signal, dropout_mask=self._dropout_mask(x))
+            output = mixture(x, base, self.factors(), settings, signal=self.signal, dropout_mask=self._dropout_mask(x))
         if output.load is not None:
             self.signal.record(self.name, output.load, coef=self._balance_coef())
         return output.y
@@ -167,7 +167,28 @@ class GoatExperts(nn.Module):
         h = nn.functional.linear(x, self.A0.to(x.dtype)) * (scale_R / self.config.num_experts)
         return nn.functional.linear(h, self.B0.to(h.dtype))
 
-    def _settings(self) -> MixtureSettings:
+    def factors(self) -> MixtureFactors:
+        """Give the tensors that the mixture computes with; under ZeRO-3 they are whole inside of forward only."""
+        residual = self.config.residual is Residual.LOWRANK
+        return MixtureFactors(
+            a_RI=self.A,
+            b_OR=self.B,
+            a0_RI=self.A0 if residual else None,
+            b0_OR=self.B0 if residual else None,
+            router_EI=self.router,
+            scale_E=self.s,
+        )
+
+    @property
+    def scaled_B(self) -> Tensor:
+        """``s_e B_e`` in fp32 or better where experts have scales of their own, else ``B``."""
+        if self.s is None:
+            return self.B
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        return self.B.to(wide) * self.s.to(wide).repeat_interleave(self.config.expert_rank)
+
+    def settings(self) -> MixtureSettings:
+        """Give the numbers that the mixture computes with."""
         config = self.config
         return MixtureSettings(
             num_experts=config.num_experts,
@@ -234,6 +255,14 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         experts.start(directions)
         self.fold(adapter_name)
 
+    @property
+    def has_whole_weight(self) -> bool:
+        """Whether the base weight is on this process: neither partitioned nor on the meta device."""
+        base: Any = self.get_base_layer()
+        weight = base.weight
+        is_matrix = weight.dim() == 2 and weight.dtype.is_floating_point
+        return not weight.is_meta and weight.numel() > 0 and (is_matrix or is_4bit(base))
+
     def weight_OI(self) -> Tensor:
         """Give the whole base weight ``[O, I]``; what a 4-bit weight stands for, in fp32.
 
@@ -242,18 +271,13 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         """
         base: Any = self.get_base_layer()
         weight = base.weight
-        four_bit = is_4bit(base)
-        if (
-            weight.is_meta
-            or not weight.numel()
-            or (not four_bit and (weight.dim() != 2 or not weight.dtype.is_floating_point))
-        ):
+        if not self.has_whole_weight:
             raise ConfigError(
                 f"the weight under a GOAT adapter is not whole on this process (shape {tuple(weight.shape)}, "
                 f"{weight.dtype}, {weight.device}); train sharded models with launch/train.py, which shares out the "
                 "decomposition"
             )
-        if four_bit:
+        if is_4bit(base):
             return weight_of_4bit(base)
         return weight.T if self.transposed else weight
 

@@ -22,6 +22,7 @@ from goat_ds.method.routing import BalanceSignal, carry_balance, carry_balance_b
 from goat_ds.method.spectrum import segment_problem
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize, plain_path
 from goat_ds.tuner.config import Residual
+from goat_ds.tuner.fingerprint import BaseFingerprint, fingerprint, sample_layer
 from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer, GoatLinear
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, is_8bit, keep_trainable, packing_of
 
@@ -105,7 +106,8 @@ class GoatModel(BaseTuner):
         raise_if_any(self._misfits)
         keep_trainable(model)
         if not config.deferred:
-            self.record_base(adapter_name)
+            # Before the start, which may fold something into the weights.
+            self.record_base(adapter_name, fingerprint=self._fingerprint(adapter_name))
             self.start(adapter_name)
 
     def _take_back(self, adapter_name: str) -> None:
@@ -233,8 +235,12 @@ class GoatModel(BaseTuner):
         args[-1].extend(self._incomplete_adapters(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def record_base(self, adapter_name: str) -> None:
-        """Write into an adapter's config how its base is quantised.
+    def record_base(self, adapter_name: str, *, fingerprint: BaseFingerprint | None) -> None:
+        """Write into an adapter's config how its base is quantised, and its content.
+
+        Args:
+            adapter_name: Whose config.
+            fingerprint: Of the unquantised base that its experts started on; None: unknown.
 
         Raises:
             ConfigError: some layers are packed in one way and some in another.
@@ -243,7 +249,15 @@ class GoatModel(BaseTuner):
         # A copy, because the config may be the user's own and serve another model too.
         config = copy.copy(self.peft_config[adapter_name])
         config.base_quantization = quantization and quantization.to_dict()
+        config.base_fingerprint = fingerprint and fingerprint._asdict()
         self.peft_config[adapter_name] = config
+
+    def _fingerprint(self, adapter_name: str) -> BaseFingerprint | None:
+        """Give the content of the base by weights of this process; None where some are 4-bit already, or not here."""
+        items = list(named_experts(self.model, adapter_name))
+        if any(is_4bit(item.layer.get_base_layer()) or not item.layer.has_whole_weight for item in items):
+            return None
+        return fingerprint({item.path: sample_layer(item.layer.weight_OI()) for item in items})
 
     def _base_quantization(self) -> BaseQuantization | None:
         layers: list[tuple[str, Any]] = list(layers_to_quantize(self.model, kept=()))

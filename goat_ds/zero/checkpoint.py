@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,17 +22,31 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
-def save_checkpoint(engine: DeepSpeedEngine, *, output_dir: Path, step: int, processes: Ranks) -> Path:
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    *,
+    output_dir: Path,
+    step: int,
+    processes: Ranks,
+    write_beside: Callable[[Path], None] | None = None,
+) -> Path:
     """Write ``checkpoint-<step>/adapter/``, a PEFT adapter folder. A collective.
 
     The folder appears when it is complete: a crash leaves the old state or the new one, never half.
+
+    Args:
+        engine: With the experts.
+        output_dir: Folder of the run.
+        step: Of the run.
+        processes: Who this process is; the first writes.
+        write_beside: Writes into the checkpoint's folder what belongs beside the adapter; the first rank's counts.
 
     Returns:
         The checkpoint's folder.
     """
     final = checkpoint_folder(output_dir, step)
     tensors = _gather_adapter(engine, keep=processes.is_first)
-    together(lambda: _write(engine, tensors, final) if processes.is_first else None)
+    together(lambda: _write(engine, tensors, final, write_beside) if processes.is_first else None)
     return final
 
 
@@ -47,7 +62,9 @@ def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]
     return tensors
 
 
-def _write(engine: DeepSpeedEngine, tensors: dict[str, Tensor], final: Path) -> None:
+def _write(
+    engine: DeepSpeedEngine, tensors: dict[str, Tensor], final: Path, write_beside: Callable[[Path], None] | None
+) -> None:
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     peft_model(engine).save_pretrained(
@@ -56,6 +73,8 @@ def _write(engine: DeepSpeedEngine, tensors: dict[str, Tensor], final: Path) -> 
         save_embedding_layers=False,
         selected_adapters=[ADAPTER_NAME],
     )
+    if write_beside:
+        write_beside(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     temporary.rename(final)

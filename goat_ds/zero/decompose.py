@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.method.spectrum import Directions, decompose
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
+from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint, sample_layer
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
@@ -72,12 +73,13 @@ class Received(NamedTuple):
 class StartValues(NamedTuple):
     """An adapter's tensors at the start, in the order of its parameters, and whether the cache knew the directions.
 
-    ``bytes_N`` is the packed weight where it becomes 4-bit.
+    ``bytes_N`` is the packed weight where it becomes 4-bit, ``sample`` what the layer adds to the base's fingerprint.
     """
 
     values: list[Tensor]
     from_cache: bool
     bytes_N: Tensor | None
+    sample: LayerSample | None
 
 
 class Assignment(NamedTuple):
@@ -113,6 +115,7 @@ def start_adapter(
     began = time.monotonic()
     works = list(_works(model, adapter_name, recipe and recipe.quantization))
     costs = {work.path: _cost(work) for work in works}
+    samples: dict[str, LayerSample] = {}
     cached = own = 0.0
     bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not processes.is_first)
     for wave in waves(works, world_size=processes.world_size):
@@ -125,14 +128,26 @@ def start_adapter(
         for work, owner in wave:
             here = owner == processes.world_rank
             own += costs[work.path] * here
+            if here and mine is not None and mine.sample is not None:
+                samples[work.path] = mine.sample
             _hand_out(model, work, owner, mine if here else None, adapter_name, recipe)
             bar.update()
     bar.close()
-    model.base_model.record_base(adapter_name)
+    model.base_model.record_base(adapter_name, fingerprint=_fingerprint(model, adapter_name, samples))
     total = ranks.sum_over_ranks(torch.tensor([cached, own]))
     share = own / float(total[1]) if total[1] else 0.0
     num_started = sum(work.item is not None for work in works)
     return StartReport(num_started, int(total[0]), share, time.monotonic() - began)
+
+
+def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
+    """Combine the samples of all ranks; None where some layer was 4-bit before its experts started. A collective."""
+    everywhere = ranks.union_over_ranks(samples)
+    items = list(named_experts(model, adapter_name))
+    paths = [item.path for item in named_experts(model.get_base_model(), adapter_name)]
+    if any(item.path not in everywhere for item in items):
+        return None
+    return fingerprint({path: everywhere[item.path] for path, item in zip(paths, items, strict=True)})
 
 
 def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
@@ -170,12 +185,17 @@ def _receive_mine(wave: list[Assignment], processes: Ranks) -> Received | None:
     """Give the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
     mine = None
     for work, owner in wave:
-        decomposes = work.item is not None and work.item.experts.config.init.decomposes
         weight: Any = work.base.weight
-        whole = partition.whole_on(owner, weight) if decomposes or work.packing else None
+        whole = partition.whole_on(owner, weight) if _needs_weight(work) else None
         if owner == processes.world_rank:
             mine = Received(work, None if whole is None else _matrix_OI(work.base, whole))
     return mine
+
+
+def _needs_weight(work: Work) -> bool:
+    decomposes = work.item is not None and work.item.experts.config.init.decomposes
+    # Experts that start from nothing still tell on which base, unless it has no unquantised weights.
+    return decomposes or not isinstance(work.base, QuantizedLinear)
 
 
 def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -191,7 +211,7 @@ def _start_values(received: Received | None, *, seed: int, cache: Path | None) -
     work, weight_OI = received
     if work.item is None:
         assert weight_OI is not None and work.packing is not None
-        return StartValues([], False, pack(weight_OI, work.packing))
+        return StartValues([], False, pack(weight_OI, work.packing), None)
     experts = work.item.experts
     directions, from_cache = None, False
     if weight_OI is not None and experts.config.init.decomposes:
@@ -207,13 +227,16 @@ def _start_values(received: Received | None, *, seed: int, cache: Path | None) -
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, work.path))
         whole.start(directions)
+    # Before anything is folded into the weight.
+    is_stored_4bit = isinstance(work.base, QuantizedLinear)
+    sample = None if weight_OI is None or is_stored_4bit else sample_layer(weight_OI)
     bytes_N = None
     if weight_OI is not None and work.packing is not None:
         if whole.folds:
             # The weight is a copy of this rank's own, and has given its directions.
             whole.add_residual_(weight_OI, times=-1)
         bytes_N = pack(weight_OI, work.packing)
-    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache, bytes_N)
+    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache, bytes_N, sample)
 
 
 def _hand_out(

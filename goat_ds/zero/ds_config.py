@@ -35,6 +35,9 @@ UNTRIED = frozenset({
 })  # fmt: skip
 """Top-level keys that change what a run computes and that no test of ours uses."""
 
+MONITORS = frozenset({"comet", "csv_monitor", "tensorboard", "wandb"})
+"""Blocks of what a run's numbers are shown by."""
+
 UNTRIED_ZERO = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
 
 

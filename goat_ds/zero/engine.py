@@ -249,9 +249,41 @@ def build_engine(
     return engine
 
 
+def without_monitors(engine_config: dict[str, Any]) -> dict[str, Any]:
+    """Give the config of a second engine of a run, whose first one has opened the monitors."""
+    return {key: value for key, value in engine_config.items() if key not in ds_config.MONITORS}
+
+
+def resume_schedule(engine: deepspeed.DeepSpeedEngine, num_steps: int) -> None:
+    """Put an engine's learning rates where its schedule has them after so many steps."""
+    schedule = engine.lr_scheduler
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    schedule.last_epoch = num_steps
+    for group, rate, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(num_steps)
+
+
 def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Free the engine; a second one in the same process needs the first one gone."""
+    """Free the engine and what its optimizer holds; its model stays, sharded as it is, and can be given to another.
+
+    A second engine in the same process needs the first one gone.
+    """
+    if hasattr(engine.optimizer, "empty_partition_cache"):
+        engine.empty_partition_cache()
     engine.destroy()
+    # These two are left behind, and would run this engine's code in the forward of the next one.
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for module in engine.module.modules():
+        # ZeRO-3 makes them once a module, and they would gather for its backward as this engine does.
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(name, None)
+    for parameter in engine.module.parameters():
+        # The optimizer lives as long as a parameter refers to it.
+        parameter.__dict__.pop("_z3_optimizer", None)
+    engine.optimizer = engine.basic_optimizer = engine.lr_scheduler = None
 
 
 def peft_model(engine: deepspeed.DeepSpeedEngine) -> PeftModel:

@@ -122,13 +122,26 @@ def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Seque
         torch.cat([value.reshape(-1).to(flat) for value in values], out=flat)
     torch.distributed.broadcast(flat, src=world_rank)
     for parameter, whole in zip(parameters, flat.split(sizes), strict=True):
-        if is_partitioned(parameter):
-            # What gathering would have made of it, without moving values that are about to be overwritten.
-            parameter.data = whole.view(full_shape(parameter))
-            parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-            parameter.partition(has_been_updated=True)  # type: ignore[attr-defined]
-        else:
-            parameter.copy_(whole.view_as(parameter))
+        put(parameter, whole)
+
+
+@torch.no_grad()
+def put(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Give a parameter a value that every rank has whole."""
+    if is_partitioned(parameter):
+        # What gathering would have made of it, without moving values that are about to be overwritten.
+        parameter.data = whole.to(ranks.device(), parameter.dtype).view(full_shape(parameter))
+        parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        parameter.partition(has_been_updated=True)  # type: ignore[attr-defined]
+    else:
+        parameter.copy_(whole.view_as(parameter))
+
+
+def shard_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Give what this rank holds of a partitioned parameter, out of a whole value; the last shards are padded with 0."""
+    num_here, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
+    mine = whole.reshape(-1)[rank * num_here : (rank + 1) * num_here]
+    return nn.functional.pad(mine, (0, num_here - mine.numel()))
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:

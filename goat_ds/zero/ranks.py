@@ -103,6 +103,13 @@ def peak_memory_gib() -> float:
     return float(get_accelerator().max_memory_allocated()) / 2**30
 
 
+def union_over_ranks(mine: dict[str, T]) -> dict[str, T]:
+    """Give every rank what each has under keys of its own. A collective."""
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, mine)
+    return {key: value for part in told for key, value in part.items()}
+
+
 def same_everywhere(value: str) -> bool:
     """Whether every rank has the same value. A collective."""
     values: list[Any] = [None] * torch.distributed.get_world_size()

@@ -25,8 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds import GoatConfig
 from goat_ds.tuner.base_quantization import layers_to_quantize
+from goat_ds.tuner.fingerprint import BaseFingerprint
 from goat_ds.tuner.layer import GoatLayer
+from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack
+from goat_ds.tuner.static import static_config
 from tests.models import CAUSAL_LMS, LLAMA_LIKE
 
 ARCHITECTURES = CAUSAL_LMS | {
@@ -51,9 +54,9 @@ class Trained:
             return self.model(input_ids=TOKENS).logits
 
 
-def write_base(folder: Path, config: PreTrainedConfig, **save: Any) -> PreTrainedModel:
+def write_base(folder: Path, config: PreTrainedConfig, *, seed: int = 0, **save: Any) -> PreTrainedModel:
     """Save a random base with tokenizer; norms and biases are random too, so that none can be lost unseen."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,6 +99,14 @@ def adapt(
     return Trained(base=base, adapter=adapter, model=routed)
 
 
+def become_static(routed: peft.PeftModel) -> None:
+    """Leave an adapter as a dense finish does: without routers, and saying so."""
+    configs: dict[str, Any] = routed.peft_config
+    configs["default"] = static_config(configs["default"])
+    for item in named_experts(routed, "default"):
+        item.experts.become_static(configs["default"])
+
+
 def in_4bit(
     *, dtype: torch.dtype = torch.float32, compute: str = "float32", kept: tuple[str, ...] = (), **packing: Any
 ) -> dict[str, Any]:
@@ -115,7 +126,9 @@ def in_4bit(
                 weight_dtype=dtype,
             )
             base.set_submodule(path + ".base_layer" * isinstance(base.get_submodule(path), GoatLayer), packed)
-        routed.base_model.record_base("default")
+        tuner: Any = routed.base_model
+        known = tuner.peft_config["default"].base_fingerprint
+        tuner.record_base("default", fingerprint=known and BaseFingerprint(**known))
 
     return {"load": {"dtype": dtype}, "finish": finish}
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from goat_ds.data.sample import SAMPLE_NAME
 from goat_ds.errors import ConfigError, ExportError
-from goat_ds.export import export_adapter, find_adapter, read_adapter
-from tests.export.conftest import TOKENS, Trained, train
+from goat_ds.export import export_adapter, export_exact, find_adapter, read_adapter
+from tests.export.conftest import TOKENS, Trained, become_static, train
 
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -76,6 +77,16 @@ def test_run_checkpoint_and_adapter_folder_mean_the_newest_the_named_and_the_giv
         find_adapter(Path("nowhere"))
 
 
+def test_the_sample_of_the_data_stays_behind(tmp_path: Path, trained: Trained) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    trained.adapter.rename(checkpoint / "adapter")
+    (checkpoint / SAMPLE_NAME).write_bytes(b"the user's data")
+    for export in (export_adapter, export_exact):
+        export(checkpoint, output=tmp_path / export.__name__)
+        assert not list((tmp_path / export.__name__).rglob(SAMPLE_NAME))
+
+
 def test_every_fault_of_the_tensors_is_named_in_one_message(trained: Trained) -> None:
     def damage(tensors: dict[str, Tensor]) -> None:
         del tensors[f"{Q_PROJ}.goat_router"]
@@ -91,7 +102,7 @@ def test_every_fault_of_the_tensors_is_named_in_one_message(trained: Trained) ->
         "q_proj.goat_router is missing",
         "q_proj.goat_B is empty [0]: it was saved while its parameter was sharded",
         "q_proj.goat_A0 is [6, 32], the settings say [8, 32]",
-        "q_proj.goat_s has no place in this adapter (init goat, num_experts 4, adaptive_scale false)",
+        "q_proj.goat_s has no place in this adapter (init goat, num_experts 4, adaptive_scale false, routed true)",
         "score.weight is neither a GOAT tensor nor under modules_to_save (None)",
     ):
         assert fault in str(caught.value)
@@ -112,6 +123,24 @@ def test_a_damaged_or_absent_file_is_named(trained: Trained) -> None:
         read_adapter(trained.adapter)
     path.unlink()
     with pytest.raises(ExportError, match=r"has adapter_config.json but no adapter_model.safetensors"):
+        read_adapter(trained.adapter)
+
+
+def test_a_static_adapter_has_no_router_and_gives_the_trained_logits_bit_for_bit(tmp_path: Path) -> None:
+    trained = train(tmp_path, "llama", finish=become_static)
+    export_adapter(trained.adapter, output=tmp_path / "out")
+    adapter = read_adapter(tmp_path / "out")
+    assert not adapter.is_routed
+    assert {name for tensors in adapter.layers.values() for name in tensors} == {"A", "B", "A0", "B0"}
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained.base), str(tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=TOKENS).logits, trained.logits())
+    assert "The routers left before training ended" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_router_in_a_static_adapter_has_no_place(trained: Trained) -> None:
+    change_config(trained, routed=False)
+    with pytest.raises(ExportError, match=r"q_proj.goat_router has no place in this adapter \(.*routed false\)"):
         read_adapter(trained.adapter)
 
 

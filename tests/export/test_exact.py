@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export import export_exact
-from tests.export.conftest import ARCHITECTURES, TOKENS, Trained, adapt, in_4bit, train, write_base
+from tests.export.conftest import ARCHITECTURES, TOKENS, Trained, adapt, become_static, in_4bit, train, write_base
 
 pytestmark = [
     # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
@@ -113,6 +113,25 @@ def test_every_setting_gives_the_trained_logits_bit_for_bit(tmp_path: Path, sett
     trained = train(tmp_path, "llama", **settings)
     export_exact(trained.adapter, output=tmp_path / "out")
     assert torch.equal(logits_of(tmp_path / "out"), trained.logits())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"residual": "fold"},
+        {"adaptive_scale": True},
+        {"adaptive_scale": True, "residual": "fold"},
+        {"init": "zero"},
+    ],
+    ids=str,
+)
+def test_a_static_adapter_gives_the_trained_logits_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trained = train(tmp_path, "llama", finish=become_static, **settings)
+    export_exact(trained.adapter, output=tmp_path / "out")
+    assert not any(name.endswith("goat_router") for name in load(tmp_path / "out").state_dict())
+    assert torch.equal(logits_of(tmp_path / "out"), trained.logits())
+    assert "depend on the token" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("residual", ["lowrank", "fold"])
@@ -309,8 +328,8 @@ def test_nothing_is_left_behind_when_writing_fails(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("settings", [{}, in_4bit()], ids=["w16", "dequant_w4"])
-def test_tensors_are_written_one_at_a_time(
+@pytest.mark.parametrize("settings", [{"residual": "fold"}, in_4bit()], ids=["fold", "dequant_w4"])
+def test_tensors_that_are_computed_are_written_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     trained = train(tmp_path, "llama", **settings)

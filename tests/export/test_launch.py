@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.export.conftest import Trained, in_4bit, train
+from tests.export.test_dense import keep_sample
 
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -53,6 +54,31 @@ def test_merge_base_without_base_weights_is_refused(
         run(monkeypatch, *arguments, "--output", tmp_path / "out")
     assert caught.value.code == 2 and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.startswith("error: merge_base (w16) has no effect with --mode adapter")
+
+
+@pytest.mark.parametrize("mode", ["dense", "lora"])
+def test_merged_modes_show_what_they_cost(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    keep_sample(trained.adapter)
+    arguments = ("--checkpoint", trained.adapter, "--mode", mode, "--output", tmp_path / "out", "--dtype", "fp32")
+    run(monkeypatch, *arguments, "--fit", "mean", "--heldout_labels", "16")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    shown = capsys.readouterr().out
+    assert f"as written{report['merged']['loss']:15.4f}" in shown and report["fit"] == "mean"
+    assert "least explained layers" in shown
+
+
+def test_flags_of_other_modes_are_all_refused_at_once(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    useless = ("--fit", "mean", "--calibration", "a", "b", "--max_kl", "0.1", "--dtype", "bf16")
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--checkpoint", trained.adapter, "--mode", "exact", "--output", tmp_path / "out", *useless)
+    told = capsys.readouterr().err
+    assert caught.value.code == 2
+    for flag in ("fit (mean)", "calibration (a b)", "max_kl (0.1)", "dtype (bf16)"):
+        assert f"{flag} has no effect with --mode exact; leave it out, or use --mode dense or lora" in told
 
 
 def test_a_refusal_is_one_message_on_stderr_and_exit_code_2(

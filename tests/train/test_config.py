@@ -1,5 +1,6 @@
 """Flags and YAML become settings, or one message."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,27 @@ def test_a_number_that_its_schedule_cannot_use_is_refused() -> None:
     ]
     (found,) = problems(lr_scheduler=Schedule.POLYNOMIAL, learning_rate=1e-8)
     assert found.startswith("learning_rate (1e-08) must be above 1e-07")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dense_finish": 1.0}, r"dense_finish \(1.0\) must be in \[0, 1\)"),
+        ({"dense_finish": float("nan")}, r"dense_finish \(nan\) must be in \[0, 1\)"),
+        ({"dense_finish": 0.7, "num_experts": 1, "top_k": 1}, r"dense_finish \(0.7\) has no effect with num_experts 1"),
+        ({"dense_finish": 0.5, "precision": Precision.FP16}, r"dense_finish \(0.5\) would restart the loss scale of"),
+        ({"dense_finish": 0.1, "max_steps": 9}, r"dense_finish \(0.1\) is after step 0 of 9; it must leave steps"),
+    ],
+)
+def test_a_dense_finish_that_finishes_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
+    (found,) = problems(**settings)
+    assert re.match(message, found)
+
+
+def test_a_dense_finish_is_after_the_last_whole_step_of_its_share() -> None:
+    for share, num_steps, step in ((0.7, 60, 42), (0.29, 100, 29), (0.5, 7, 3), (0.99, 10, 9)):
+        assert TrainConfig(dense_finish=share).finish_after(num_steps) == step
+    assert TrainConfig().finish_after(60) is None
 
 
 def test_a_wait_of_less_than_a_minute_is_refused() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from goat_ds import demo
+from goat_ds.data.sample import load_sample
 from tests.launching import REPOSITORY, cpu_environment, free_port, losses_of, metrics_of
 
 TRAIN = ["launch/train.py", "--ds_config", "ds_configs/zero3.json"]
@@ -119,6 +120,22 @@ def test_the_deepspeed_launcher_leaves_metrics_and_checkpoints(run: Path) -> Non
     for layer in routers["layers"].values():
         assert sum(layer["load"]) == pytest.approx(1, abs=1e-3)
         assert 0 < layer["entropy"] <= torch.tensor(4.0).log().item() + 1e-6
+
+
+@pytest.mark.slow
+def test_every_checkpoint_keeps_the_same_sample_of_the_data(run: Path, tmp_path: Path) -> None:
+    first, last = (run / f"checkpoint-{step}" / "calibration.safetensors" for step in (2, 4))
+    assert first.read_bytes() == last.read_bytes()
+    sample = load_sample(last)
+    assert sample.max_length == 64
+    # The demo has held-out data of its own, and fewer tokens to train on than a sample may hold.
+    demo_data = [demo.train_data(), demo.heldout_data()]
+    assert [len(part) for part in sample[:2]] == [len(path.read_text().splitlines()) for path in demo_data]
+    done = launch(
+        *TRAIN, *SHORT, *caches(run.parent), "--output_dir", str(tmp_path), "--calibration_sample_tokens", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "checkpoint-4").iterdir()] == ["adapter"]
 
 
 @pytest.mark.slow

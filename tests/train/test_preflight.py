@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from goat_ds import demo
+from goat_ds.data import load_tokenizer
 from goat_ds.errors import ConfigError
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
@@ -191,7 +192,7 @@ def test_a_missing_library_is_told_beside_everything_else(tmp_path: Path, monkey
 
 def test_an_added_token_that_nothing_brings_needs_no_row(tmp_path: Path) -> None:
     base = base_with(tmp_path)
-    tokenizer = preflight.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
     engine.check_base(base, max_length=64, tokenizer=tokenizer)
     tokenizer.pad_token = "<image_soft_token>"

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from goat_ds.data.batches import MicroBatch
-from goat_ds.train.objective import label_loss_sum
+from goat_ds.data.loss import label_loss_sum
 from tests.models import CAUSAL_LMS, causal_lm, token_ids
 
 LENGTHS = [7, 1, 11, 3]

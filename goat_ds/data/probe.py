@@ -54,7 +54,8 @@ def row_problem(model: str, *, attention: str = "sdpa") -> str | None:
         a refused run costs less than one that learned from mixed documents.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        # Else transformers would ask at the terminal whether to run code that lies beside the weights.
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return f"model ({model}) cannot be loaded: {_first_line(error)}"
     name = config.model_type

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import BertConfig, Gemma2Config, LlamaConfig
 
-from goat_ds.zero.probe import row_problem
+from goat_ds.data.probe import row_problem
 from tests.models import CAUSAL_LMS
 
 KEEP_APART = [

@@ -1,0 +1,95 @@
+"""Give every layer of a trained model its static form, from what its tokens do on the way through the model.
+
+Shape letters: O out features, I in features, R total rank.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from goat_ds.data import label_logits
+from goat_ds.errors import ExportError
+from goat_ds.export import ranks
+from goat_ds.export.tokens import Packs
+from goat_ds.export.trained import TRAINED, TrainedModel
+from goat_ds.method.static import Moments, fit_static, is_finite, mean_gates_form
+from goat_ds.tuner.layer import GoatExperts
+from goat_ds.tuner.static import MOMENTS_BYTES, moments_in_passes
+
+
+class Fit(StrEnum):
+    """How a layer gets its static form."""
+
+    LEAST_SQUARES = "least_squares"
+    """The best linear stand-in for the gated activations."""
+    MEAN = "mean"
+    """Every gate at its mean."""
+
+
+class LayerFit(NamedTuple):
+    """Static forms of one layer: ``A'`` in fp32 ``[R, I]``, fitted and with mean gates, and what each misses.
+
+    See ``method.static.StaticFit``.
+    """
+
+    fitted_RI: Tensor
+    mean_RI: Tensor
+    unexplained: float
+    unexplained_by_mean: float
+
+
+@torch.no_grad()
+def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = MOMENTS_BYTES) -> dict[str, LayerFit]:
+    """Give the static forms of every layer by its path, the same on every rank. A collective.
+
+    Args:
+        trained: What was trained.
+        packs: Calibration tokens, shared by the ranks; at least one row for each.
+        max_bytes: What the moments of the layers in hand may take.
+    """
+    experts = trained.experts(TRAINED)
+    bar = tqdm(total=len(experts), desc="fit", unit="layer", disable=not ranks.is_first())
+    fits = {}
+    for moments in moments_in_passes(experts, partial(_run, trained.model, packs), max_bytes=max_bytes):
+        _sum_over_ranks(moments)
+        for index, (path, own) in enumerate(moments.items()):
+            fits[path] = _fit(experts[path], own, owner=index % ranks.world_size())
+            bar.update()
+    bar.close()
+    return fits
+
+
+def _run(model: Any, packs: Packs) -> None:
+    for batch in packs.micro_batches(shared=True):
+        # An adapted output layer is fitted where it counts, and any other computes no more than that.
+        label_logits(model, batch.to(ranks.device()))
+
+
+def _sum_over_ranks(moments: Mapping[str, Moments]) -> None:
+    summed: set[int] = set()
+    for own in moments.values():
+        if id(own.xx_II) not in summed:
+            summed.add(id(own.xx_II))
+            ranks.sum_over_ranks_(own.xx_II)
+        for tensor in (own.hx_RI, own.hh_RR, own.gates_E):
+            ranks.sum_over_ranks_(tensor)
+        own.num_tokens = int(ranks.sum_over_ranks_(torch.tensor(own.num_tokens, device=own.xx_II.device)))
+
+
+def _fit(experts: GoatExperts, moments: Moments, *, owner: int) -> LayerFit:
+    """Let one rank solve, and give all what it found."""
+    forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
+    told = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
+    if owner == ranks.world_rank():
+        if not is_finite(moments):
+            raise ExportError(f"{experts.name} computes values that are not finite on the calibration tokens")
+        found = fit_static(experts.A, experts.scaled_B, moments)
+        forms[0], forms[1] = found.a_RI, mean_gates_form(experts.A, moments)
+        told[0], told[1] = found.unexplained, found.unexplained_by_mean
+    fitted_RI, mean_RI = ranks.send_from(owner, forms)
+    return LayerFit(fitted_RI, mean_RI, *ranks.send_from(owner, told).tolist())

@@ -1,0 +1,122 @@
+"""Train, and train with another engine from the middle on that was given the state of the first.
+
+    python rebuild_on_ranks.py CASES.json OUTPUT          started once per rank
+
+Writes, by case and rank, the losses of both runs and whether states survived being read and written.
+"""
+
+import gc
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from goat_ds.data import batches
+from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
+from goat_ds.train.loop import batch_plan, build, load_all_tokens
+from goat_ds.train.objective import objective
+from goat_ds.train.preflight import filled_ds_config
+from goat_ds.zero import engine as engines
+from goat_ds.zero import ranks
+from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
+from goat_ds.zero.ranks import Ranks
+
+NUM_STEPS, MIDDLE = 6, 3
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    parsed = {name: parse(command_line) for name, command_line in cases.items()}
+    processes = ranks_from_environment(next(iter(parsed.values())))
+    ranks.join(processes, timeout_minutes=5)
+    told = {name: compare(config, processes) for name, config in parsed.items()}
+    (output / f"told-{processes.world_rank}.json").write_text(json.dumps(told))
+    ranks.leave()
+
+
+def compare(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
+    """Run a case twice."""
+    uninterrupted = Run(config, processes)
+    told: dict[str, Any] = {"uninterrupted": uninterrupted.train(0, NUM_STEPS)}
+    expected = uninterrupted.states()
+    engines.destroy(uninterrupted.engine)
+    interrupted = Run(config, processes)
+    told["interrupted"] = interrupted.train(0, MIDDLE)
+    before = interrupted.states()
+    told["freed"] = interrupted.change_engine(before)
+    told["round_trip"] = equal(before, interrupted.states())
+    told["interrupted"] += interrupted.train(MIDDLE, NUM_STEPS)
+    told["same_end"] = equal(expected, interrupted.states())
+    engines.destroy(interrupted.engine)
+    return told
+
+
+def equal(one: dict[str, TensorState], other: dict[str, TensorState]) -> bool:
+    return all(
+        state.num_steps == other[name].num_steps
+        and all(torch.equal(a, b) for a, b in zip(state[:3], other[name][:3], strict=True))
+        for name, state in one.items()
+    )
+
+
+class Run:
+    """An engine and its data."""
+
+    def __init__(self, config: TrainConfig, processes: Ranks) -> None:
+        self.config, self.processes = config, processes
+        self.tokens, _ = load_all_tokens(config, processes)
+        self.engine = build(config, processes, num_steps=NUM_STEPS)
+        self.model: Any = engines.peft_model(self.engine)
+
+    def train(self, first: int, until: int) -> list[float]:
+        """Give the loss of every step on this rank."""
+        losses = []
+        plan = batch_plan(self.config, self.processes, self.tokens.packed)
+        rank, num_ranks = self.processes.world_rank, self.processes.world_size
+        for _, batch in batches(self.tokens.dataset, plan, world_rank=rank).from_step(first, until=until):
+            for micro_batch in batch.micro_batches:
+                loss = objective(
+                    self.engine, self.model.base_model, micro_batch, step_batch=batch, num_micro_batches=num_ranks
+                )
+                losses.append(float(loss.lm_sum))
+                self.engine.backward(loss.total)
+                self.engine.step()
+        return losses
+
+    def states(self) -> dict[str, TensorState]:
+        """Read the state of everything that trains."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: read_state(self.engine, parameter) for name, parameter in trained.items()}
+
+    def change_engine(self, states: dict[str, TensorState]) -> bool:
+        """Give the model to a new engine and that the states; say whether the old optimizer was freed before."""
+        old = weakref.ref(self.engine.optimizer)
+        steps = self.engine.lr_scheduler.last_epoch
+        engines.destroy(self.engine)
+        del self.engine
+        gc.collect()
+        freed = old() is None
+        self.engine = engines.build_engine(
+            self.model,
+            engine_config=filled_ds_config(self.config, self.processes),
+            schedule=lambda optimizer: get_scheduler(
+                self.config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS
+            ),
+        )
+        engines.resume_schedule(self.engine, steps)
+        for number, (name, parameter) in enumerate(self.model.named_parameters()):
+            if name in states:
+                # One rank has it: another one each time.
+                owner = number % self.processes.world_size
+                here = owner == self.processes.world_rank
+                write_state(self.engine, parameter, states[name] if here else None, owner=owner)
+        return freed
+
+
+if __name__ == "__main__":
+    main()
