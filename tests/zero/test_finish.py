@@ -14,9 +14,13 @@ from transformers import AutoModelForCausalLM
 from goat_ds import ConfigError, GoatConfig, demo
 from goat_ds.data import BatchPlan
 from goat_ds.export import export_exact, read_adapter
+from goat_ds.method.static import Moments
 from goat_ds.train.loop import num_tokens_until
+from goat_ds.tuner.model import named_experts
+from goat_ds.zero import finish
 from goat_ds.zero.engine import ADAPTER_NAME
 from goat_ds.zero.finish import check_enough
+from goat_ds.zero.optimizer_state import TensorState
 from tests.launching import losses_of, metrics_of, run_many, run_ranks
 from tests.models import causal_lm, token_ids
 from tests.zero.plain_torch import COMMON, NUM_STEPS, TWO_IN_ONE_STEP, ZERO3
@@ -150,6 +154,38 @@ def test_a_finish_before_enough_tokens_is_refused() -> None:
     check_enough(model, 96)
     with pytest.raises(ConfigError, match=r"dense_finish comes after 95 tokens, and the widest .* needs 96"):
         check_enough(model, 95)
+
+
+def test_adam_goes_on_with_the_moments_that_a_and_b_had() -> None:
+    torch.manual_seed(0)
+    tokens_TI, num_experts = torch.randn(50, 6), 2
+    a, b = (TensorState(*(torch.rand(shape) for _ in range(3)), num_steps=7) for shape in ((4, 6), (5, 4)))
+    h_TR = tokens_TI @ a.master.T / num_experts
+    xx_II, hx_RI, hh_RR = tokens_TI.T @ tokens_TI, h_TR.T @ tokens_TI, h_TR.T @ h_TR
+    moments = Moments(xx_II, hx_RI, hh_RR, torch.full((num_experts,), 25.0), len(tokens_TI))
+    dense = finish._dense(a, b, None, moments)
+    torch.testing.assert_close(dense.a.master, a.master / num_experts)
+    for found, kept in (
+        (dense.a.exp_avg, a.exp_avg),
+        (dense.a.exp_avg_sq, a.exp_avg_sq),
+        *zip(dense.b, b, strict=True),
+    ):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(kept))
+    assert dense.a.num_steps == 7
+
+
+def test_the_gradient_of_a_static_a_is_divided_by_the_number_of_experts() -> None:
+    model: Any = peft.get_peft_model(causal_lm(), GoatConfig(r=8, num_experts=4, top_k=2), adapter_name=ADAPTER_NAME)
+    experts = next(named_experts(model, ADAPTER_NAME)).experts
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=token_ids(1, 9), labels=token_ids(1, 9)).loss.backward()
+        gradients.append((experts.A.grad.clone(), experts.B.grad.clone()))
+        finish.train_in_units_of_a(experts)
+    (a, b), (a_divided, b_again) = gradients
+    torch.testing.assert_close(a_divided, a / 4)
+    torch.testing.assert_close(b_again, b)
 
 
 def test_tokens_until_a_step_are_those_of_its_packs() -> None:
