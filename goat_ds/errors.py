@@ -4,6 +4,8 @@ GoatError
 ├── ConfigError     what the user gave is wrong: every problem at once, before anything expensive
 ├── MergeError      a routed mixture was asked to become one dense weight in place
 ├── TrainingError   the run stopped itself: a non-finite loss, a rank that failed
+│   ├── SaveError       a checkpoint could not be written; the earlier ones are whole
+│   └── Interrupted     a signal asked the run to end; it has saved
 └── ExportError     a checkpoint cannot leave as asked
 """
 
@@ -41,8 +43,23 @@ class TrainingError(GoatError, RuntimeError):
     """The run stopped itself."""
 
 
+class SaveError(TrainingError):
+    """A checkpoint could not be written; the earlier ones are whole."""
+
+
+class Interrupted(TrainingError):
+    """A signal asked the run to end; it has saved, and can be started again."""
+
+
 class ExportError(GoatError, RuntimeError):
     """A checkpoint cannot leave as asked."""
+
+
+def told_everywhere(*problems: str) -> ConfigError:
+    """Give an error that every rank of the run raises alike, so that one of them says it."""
+    error = ConfigError(*problems)
+    error.told_everywhere = True
+    return error
 
 
 def raise_if_any(problems: Iterable[str]) -> None:

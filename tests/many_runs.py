@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from goat_ds.errors import raise_if_any
 from goat_ds.train.config import parse, ranks_from_environment
 from goat_ds.train.loop import train
+from goat_ds.train.resume import look
+from goat_ds.train.signals import Signals
 from goat_ds.zero import ranks
 
 
@@ -24,7 +27,9 @@ def main() -> None:
     ranks.join(processes, timeout_minutes=5)
     for config in configs:
         config.folder.mkdir(parents=True, exist_ok=True)
-        train(config, processes)
+        resumption = look(config, processes)
+        raise_if_any(resumption.problems)
+        train(resumption, processes, Signals())
     ranks.leave()
 
 

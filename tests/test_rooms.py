@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "goat_ds"
-BELOW_TRAINING = {"errors", "method", "tuner", "zero", "data"}
+BELOW_TRAINING = {"errors", "manifest", "method", "tuner", "zero", "data"}
 MAY_IMPORT = {
     "errors": set(),
+    "manifest": {"errors"},
     "method": {"errors"},
     "tuner": {"errors", "method"},
-    "zero": {"errors", "method", "tuner"},
+    "zero": {"errors", "manifest", "method", "tuner"},
     "data": {"errors", "method", "tuner"},
     "train": BELOW_TRAINING | {"demo", "front door"},
     "export": BELOW_TRAINING | {"front door"},

@@ -14,7 +14,16 @@ from goat_ds.data.loss import label_logits, label_loss_sum, label_targets
 from goat_ds.data.packing import Packed, PackReport, pack, pack_dataset
 from goat_ds.data.sampler import BatchPlan, GlobalBatch
 from goat_ds.data.sources import check_sources, load_records
-from goat_ds.data.tokens import IGNORE, Tokenised, TokenReport, load_tokenizer, prompt_ids, stop_ids, tokenise
+from goat_ds.data.tokens import (
+    IGNORE,
+    Tokenised,
+    TokenReport,
+    content_digest,
+    load_tokenizer,
+    prompt_ids,
+    stop_ids,
+    tokenise,
+)
 
 __all__ = [
     "IGNORE",
@@ -34,6 +43,7 @@ __all__ = [
     "Tokenised",
     "batches",
     "check_sources",
+    "content_digest",
     "eval_batches",
     "label_logits",
     "label_loss_sum",

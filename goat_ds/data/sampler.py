@@ -1,9 +1,9 @@
 """Decide which packs form which global batch, and which rank computes which of them.
 
-A step consumes one *global batch*: ``micro_batch_size * grad_accum_steps * world_size`` packs of the epoch's seeded
-permutation. The sequence of global batches depends on that product alone, so the same run on another number of ranks
-sees the same packs in the same steps. Everything here is arithmetic that each rank repeats for itself: nobody has to
-communicate to know the label tokens of the whole global batch, nor to start at any step.
+A step consumes one *global batch*: a number of packs of the epoch's seeded permutation. The sequence of global batches
+depends on that number alone, so the same run on another number of ranks sees the same packs in the same steps.
+Everything here is arithmetic that each rank repeats for itself: nobody has to communicate to know the label tokens of
+the whole global batch, nor to start at any step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +43,8 @@ class BatchPlan:
     """Label tokens of each pack."""
     micro_batch_size: int
     """Packs in one micro-batch of one rank."""
-    grad_accum_steps: int
-    """Micro-batches of one rank in one step."""
+    global_batch_size: int
+    """Packs in a full global batch; what ranks and micro-batches do not divide ends in shorter ones."""
     world_size: int
     """Ranks that share a global batch."""
     seed: int
@@ -54,9 +54,9 @@ class BatchPlan:
         assert self.packs and len(self.packs) == len(self.num_labels)
 
     @property
-    def global_batch_size(self) -> int:
-        """Packs in a full global batch."""
-        return self.micro_batch_size * self.grad_accum_steps * self.world_size
+    def grad_accum_steps(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return -(-self.global_batch_size // (self.micro_batch_size * self.world_size))
 
     @property
     def steps_per_epoch(self) -> int:

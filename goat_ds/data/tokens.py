@@ -9,6 +9,7 @@ aligned with ``input_ids`` (not shifted), and the first is always ``IGNORE``, be
 so ``num_labels``, the labels that are really predicted, is the number of those that are not ``IGNORE``.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,17 @@ class Tokenised(NamedTuple):
     dataset: Dataset
     """Columns as in ``FEATURES``."""
     report: TokenReport
+
+
+def content_digest(dataset: Dataset) -> str:
+    """Give a sha256 over the ids and labels of tokenised records, in their order, wherever they came from."""
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
+        for name in ("input_ids", "labels"):
+            rows = batch.column(name).combine_chunks()
+            digest.update(rows.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(rows.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 class Encoded(NamedTuple):

@@ -44,6 +44,15 @@ class Schedule(StrEnum):
     INVERSE_SQRT = "inverse_sqrt"
 
 
+class OnSaveError(StrEnum):
+    """What a checkpoint that cannot be written does to the run; the last one always ends it."""
+
+    STOP = "stop"
+    CONTINUE = "continue"
+
+
+AUTO = "auto"
+"""Value of ``resume``: the newest whole checkpoint of ``output_dir``, or the start where there is none."""
 POLYNOMIAL_END = 1e-7
 """Learning rate at the end of transformers' polynomial schedule."""
 
@@ -71,6 +80,10 @@ class TrainConfig:
     output_dir: str | None = _flag(
         None, "folder of the run, new or empty: checkpoints, metrics.jsonl; runs/demo for the demo"
     )
+    resume: str | None = _flag(
+        None, "checkpoint to go on from: auto (the newest whole one of output_dir, else from the start) or its folder"
+    )
+    allow_changed: bool = _flag(False, "resume although settings changed that make it another run; each is told")
     seed: int = _flag(0, "seed of routers, dropout and the order of the data")
     dry_run: bool = _flag(False, "check everything that can be checked without reading weights, then stop")
     timeout_minutes: float = _flag(30.0, "minutes a rank waits for the others before the run ends")
@@ -147,6 +160,12 @@ class TrainConfig:
     router_log_steps: int = _flag(10, "steps between lines of routers.jsonl (load of every expert of every layer)")
     eval_steps: int = _flag(0, "steps between evaluations; 0 means only at the end")
     save_steps: int = _flag(0, "steps between checkpoints; 0 means only at the end")
+    save_total_limit: int = _flag(
+        0, "checkpoints to keep: the newest so many, and the one with the best eval_loss; 0 keeps all"
+    )
+    on_save_error: OnSaveError = _flag(
+        OnSaveError.STOP, "what a checkpoint that cannot be written does; the last one always stops the run"
+    )
     calibration_sample_tokens: int = _flag(
         NUM_TOKENS, "tokens of the training data that a checkpoint keeps to fit exports on; 0 keeps none"
     )
@@ -207,6 +226,10 @@ class TrainConfig:
             )
         return step
 
+    def packs_per_step(self, world_size: int) -> int:
+        """Give the packs of a global batch as these settings have it on so many ranks."""
+        return self.micro_batch_size * self.grad_accum_steps * world_size
+
     @property
     def adam_betas(self) -> tuple[float, float]:
         """AdamW's decays of the moments."""
@@ -229,7 +252,14 @@ class TrainConfig:
                     yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
         if self.bnb_4bit_blocksize not in BLOCK_SIZES:
             yield f"bnb_4bit_blocksize ({self.bnb_4bit_blocksize}) must be one of {', '.join(map(str, BLOCK_SIZES))}"
-        not_negative = ("max_steps", "warmup_steps", "eval_steps", "save_steps", "calibration_sample_tokens")
+        not_negative = (
+            "max_steps",
+            "warmup_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "calibration_sample_tokens",
+        )
         for name in (*not_negative, "weight_decay", "max_grad_norm", "seed"):
             if (getattr(self, name) or 0) < 0:
                 yield f"{name} ({getattr(self, name)}) must be at least 0"
@@ -319,6 +349,8 @@ def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
     for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
         if name in given and not config.load_in_4bit:
             yield f"{name} ({_shown(getattr(config, name))}) has no effect without load_in_4bit; give both or neither"
+    if config.allow_changed and config.resume is None:
+        yield "allow_changed has no effect without resume; give both or neither"
     if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
         yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
 

@@ -17,6 +17,7 @@ from goat_ds.data import (
     BatchPlan,
     Packed,
     batches,
+    content_digest,
     eval_batches,
     label_loss_sum,
     load_tokenizer,
@@ -24,16 +25,21 @@ from goat_ds.data import (
     prepare,
 )
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
-from goat_ds.errors import ConfigError, TrainingError
-from goat_ds.train.config import TrainConfig
+from goat_ds.errors import ConfigError, Interrupted, SaveError, TrainingError, told_everywhere
+from goat_ds.train.config import OnSaveError, TrainConfig
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import eval_sources, filled_ds_config, model_name, train_sources
-from goat_ds.zero import checkpoint, ranks
+from goat_ds.train.resume import Resumption, set_damaged_aside, settings_of
+from goat_ds.train.signals import Signals
+from goat_ds.tuner.static import static_config
+from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import engine as engines
+from goat_ds.zero import ranks
+from goat_ds.zero.checkpoint import Checkpoint, stored_experts
 from goat_ds.zero.decompose import seed_of, start_adapter
 from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.finish import check_enough, finish_densely, tokens_to_fit
+from goat_ds.zero.finish import check_enough, finish_densely, tokens_to_fit, train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
 from goat_ds.zero.ranks import Ranks
 
@@ -45,7 +51,7 @@ class Tokens(NamedTuple):
     packed: Packed
 
 
-def train(config: TrainConfig, processes: Ranks) -> Path:
+def train(resumption: Resumption, processes: Ranks, signals: Signals) -> Path:
     """Train as the settings say. A collective; the settings must have passed ``preflight``.
 
     Returns:
@@ -54,22 +60,40 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
     Raises:
         TrainingError: the run stopped itself; the last checkpoint is whole.
     """
-    torch.manual_seed(seed_of(config.seed, f"dropout of rank {processes.world_rank}"))
+    config, checkpoint = resumption.config, resumption.checkpoint
     tokens, heldout = load_all_tokens(config, processes)
     write_sample = sample_writer(config, tokens, heldout) if processes.is_first else None
-    plan = batch_plan(config, processes, tokens.packed)
+    plan = batch_plan(config, processes, tokens.packed, global_batch_size=resumption.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
     finish_after = config.finish_after(num_steps)
-    engine = build(config, processes, num_steps=num_steps)
+    memory = RunMemory(resumption, num_steps=num_steps, data_digest=digest_on_first(tokens.dataset, processes))
+    done, saved = memory.steps_done, checkpoint and checkpoint.folder
+    if saved and done >= num_steps:
+        say(processes, f"resume: all {num_steps} steps are done, nothing is left to do")
+        return saved
+    engine = build(config, processes, num_steps=num_steps, checkpoint=checkpoint)
     tuner: Any = engines.peft_model(engine).base_model
     if finish_after:
         check_enough(engines.peft_model(engine), num_tokens_until(finish_after, plan, tokens.dataset))
-    metrics = Metrics(config.folder, processes=processes, num_steps=num_steps, monitor=engine.monitor)
-    saved = None
-
+    checkpoints.check_room(engine, config.folder, processes)
+    set_damaged_aside(resumption.damaged, processes)
+    metrics = Metrics(
+        config.folder,
+        processes=processes,
+        num_steps=num_steps,
+        monitor=engine.monitor,
+        done=done,
+        tokens=memory.tokens_done,
+    )
     stream = batches(tokens.dataset, plan, world_rank=processes.world_rank)
-    for step, batch in stream.from_step(0, until=num_steps):
+    if checkpoint and checkpoint.is_routed and done == finish_after:
+        engine = finish(engine, stream, done, heldout, config, processes, metrics, num_steps=num_steps)
+
+    signals.saves = True
+    for step, batch in stream.from_step(done, until=num_steps):
         step += 1
+        # A function of seed, step and rank: it needs no place in a checkpoint, and does not depend on what else drew.
+        torch.manual_seed(seed_of(config.seed, f"dropout of rank {processes.world_rank} in step {step}"))
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(engine.device)
             loss = objective(
@@ -91,13 +115,28 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
             metrics.record(
                 step, totals, lr=lr, grad_norm=grad_norm, routers_too=due(step, config.router_log_steps, last)
             )
-        if heldout is not None and due(step, config.eval_steps, last):
+        # A finish takes the routers away, and what was routed may be wanted, and be compared.
+        if heldout is not None and (due(step, config.eval_steps, last) or step == finish_after):
             metrics.record_eval(step, eval_loss=evaluate(engine, heldout, config, processes))
-        # A finish takes the routers away, and what was routed may be wanted.
-        if due(step, config.save_steps, last) or step == finish_after:
-            saved = checkpoint.save_checkpoint(
-                engine, output_dir=config.folder, step=step, processes=processes, write_beside=write_sample
-            )
+        signal = signals.asked()
+        if due(step, config.save_steps, last) or step == finish_after or signal:
+            try:
+                saved = checkpoints.save_checkpoint(
+                    engine,
+                    output_dir=config.folder,
+                    step=step,
+                    processes=processes,
+                    run=memory.after(config, metrics),
+                    write_beside=write_sample,
+                )
+            except SaveError as error:
+                if last or signal or config.on_save_error is OnSaveError.STOP:
+                    raise SaveError(f"{error}; {kept(saved)}") from error
+                say(processes, f"warning: {error}; {kept(saved)}; going on without (on_save_error continue)")
+            else:
+                remove_surplus(config, processes)
+        if signal and not last:
+            raise Interrupted(f"{signal}: stopped after step {step} and saved {saved}; --resume auto goes on from it")
         if step == finish_after:
             engine = finish(engine, stream, step, heldout, config, processes, metrics, num_steps=num_steps)
         metrics.step_done()
@@ -106,6 +145,55 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
     engines.destroy(engine)
     assert saved is not None
     return saved
+
+
+class RunMemory:
+    """What a run writes into its checkpoints to find itself again, and what it found there."""
+
+    def __init__(self, resumption: Resumption, *, num_steps: int, data_digest: str) -> None:
+        checkpoint = resumption.checkpoint
+        found = checkpoint.run if checkpoint else {}
+        self.steps_done = checkpoint.step if checkpoint else 0
+        self.tokens_done = int(found.get("tokens", 0))
+        self._fixed = {
+            "global_batch_size": resumption.global_batch_size,
+            "num_steps": num_steps,
+            "data_sha256": data_digest,
+        }
+        if not resumption.config.allow_changed and found.get("data_sha256", data_digest) != data_digest:
+            raise told_everywhere(
+                f"data ({', '.join(train_sources(resumption.config))}) is not what the run was trained on before; give "
+                "the same records in the same order, or --allow_changed"
+            )
+
+    def after(self, config: TrainConfig, metrics: Metrics) -> dict[str, Any]:
+        """Give what the checkpoint of the running step holds of the run."""
+        return self._fixed | {
+            "settings": settings_of(config),
+            "tokens": metrics.tokens,
+            "eval_loss": metrics.eval_loss,
+        }
+
+
+def digest_on_first(dataset: Dataset, processes: Ranks) -> str:
+    """Give the content of the training data; all nodes have been seen to have the same. A collective."""
+    return str(ranks.from_first(content_digest(dataset) if processes.is_first else None))
+
+
+def remove_surplus(config: TrainConfig, processes: Ranks) -> None:
+    """Delete the checkpoints that save_total_limit does not keep. A collective.
+
+    Kept are the newest, the one with the best eval_loss, and the last routed one before a dense finish.
+    """
+    if config.save_total_limit:
+        ranks.together(
+            lambda: checkpoints.keep_newest(config.folder, config.save_total_limit) if processes.is_first else None
+        )
+
+
+def kept(saved: Path | None) -> str:
+    """Say which checkpoint a run that stops leaves."""
+    return f"the last checkpoint is {saved}" if saved else "there is no earlier checkpoint"
 
 
 def load_all_tokens(config: TrainConfig, processes: Ranks) -> tuple[Tokens, Tokens | None]:
@@ -158,20 +246,20 @@ def sample_writer(config: TrainConfig, tokens: Tokens, heldout: Tokens | None) -
     return lambda folder: save_sample(sample, folder / SAMPLE_NAME)
 
 
-def batch_plan(config: TrainConfig, processes: Ranks, packed: Packed) -> BatchPlan:
+def batch_plan(config: TrainConfig, processes: Ranks, packed: Packed, *, global_batch_size: int) -> BatchPlan:
     """Say which packs form which global batch."""
     return BatchPlan(
         packs=packed.packs,
         num_labels=packed.num_labels,
         micro_batch_size=config.micro_batch_size,
-        grad_accum_steps=config.grad_accum_steps,
+        global_batch_size=global_batch_size,
         world_size=processes.world_size,
         seed=config.seed,
     )
 
 
-def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
-    """Load the base, start its experts, give both to DeepSpeed. A collective."""
+def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
+    """Load the base, start its experts or go on from a checkpoint's, give both to DeepSpeed. A collective."""
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
         raise ConfigError(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
@@ -184,7 +272,9 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
         quantization=config.quantization(),
         compute_precision=config.bnb_4bit_compute_dtype,
     )
-    model = engines.attach_experts(base, config.goat(), engine_config=engine_config)
+    is_static = checkpoint is not None and not checkpoint.is_routed
+    goat = static_config(config.goat()) if is_static else config.goat()
+    model = engines.attach_experts(base, goat, engine_config=engine_config)
     report = start_adapter(
         model,
         engines.ADAPTER_NAME,
@@ -192,16 +282,37 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int) -> Any:
         seed=config.seed,
         cache=Path(config.svd_cache),
         recipe=recipe_of(config.quantization(), engine_config=engine_config),
+        stored=stored_experts(checkpoint, processes) if checkpoint else None,
     )
-    say(
-        processes,
-        f"GOAT start: {report.num_layers} layers, {report.num_cached} from the cache, {report.seconds:.1f} s",
-    )
+    origin = f"from {checkpoint.folder}" if checkpoint else f"{report.num_cached} from the cache"
+    say(processes, f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
+    if checkpoint:
+        check_same_base(model, config, checkpoint)
     if (held := measure(model)).num_layers:
         say(processes, str(held))
     engines.enable_checkpointing(model, config.gradient_checkpointing)
     schedule = schedule_of(config, num_steps=num_steps)
-    return engines.build_engine(model, engine_config=engine_config, schedule=schedule)
+    if is_static:
+        train_in_units_of_a(model)
+    engine = engines.build_engine(model, engine_config=engine_config, schedule=schedule)
+    if checkpoint:
+        checkpoints.restore(engine, checkpoint, processes)
+    return engine
+
+
+def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Hold that a run goes on with the base it began with; every rank sees the same.
+
+    Raises:
+        ConfigError: the weights are others; where there is no fingerprint, because they came in 4 bits, the name is.
+    """
+    found, expected = model.peft_config[engines.ADAPTER_NAME].base_fingerprint, checkpoint.adapter["base_fingerprint"]
+    same = found == expected if expected else config.model == checkpoint.run["settings"]["model"]
+    if not same and not config.allow_changed:
+        raise told_everywhere(
+            f"model ({model_name(config)}) has other weights than the base that the run began with; resume with that "
+            "base, or give --allow_changed"
+        )
 
 
 def schedule_of(config: TrainConfig, *, num_steps: int) -> Callable[[Optimizer], LRScheduler]:
@@ -226,8 +337,6 @@ def finish(
     num_steps: int,
 ) -> Any:
     """Make the experts dense after a step, and give the engine that trains them on. A collective."""
-    if heldout is not None and not due(step, config.eval_steps, False):
-        metrics.record_eval(step, eval_loss=evaluate(engine, heldout, config, processes))
     tokens = LatestTokens(engine, stream, step, num_steps=latest_steps(engine, step, metrics.tokens))
     done = finish_densely(
         engine,
@@ -304,8 +413,7 @@ def stop_unless_finite(step: int, *, loss: float, grad_norm: float, precision: P
     if precision is not Precision.FP16 and not math.isfinite(grad_norm):
         wrong.append(f"the gradient norm of step {step} is {grad_norm}")
     if wrong:
-        kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was due before it"
-        raise TrainingError(f"{' and '.join(wrong)}; {kept}")
+        raise TrainingError(f"{' and '.join(wrong)}; {kept(saved)}")
 
 
 def due(step: int, every: int, last: bool) -> bool:

@@ -24,14 +24,21 @@ from goat_ds.zero.ranks import Ranks
 class Metrics:
     """Gathers a step's numbers over micro-batches and ranks, and writes them on the first rank."""
 
-    def __init__(self, output_dir: Path, *, processes: Ranks, num_steps: int, monitor: Any) -> None:
+    def __init__(
+        self, output_dir: Path, *, processes: Ranks, num_steps: int, monitor: Any, done: int = 0, tokens: int = 0
+    ) -> None:
         self._processes, self._monitor = processes, monitor
-        self._tokens = 0
+        self._tokens = tokens
+        self.eval_loss: float | None = None
+        """Of the held-out data, after the running step."""
         self._since = time.monotonic()
         self._tokens_since = 0
-        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=not processes.is_first)
+        self._bar = tqdm(total=num_steps, initial=done, desc="train", unit="step", disable=not processes.is_first)
         self._output_dir = output_dir
         self._files: dict[str, TextIO] = {}
+        if processes.is_first:
+            for name in ("metrics", "routers"):
+                _set_redone_aside(output_dir / f"{name}.jsonl", done=done)
         self._begin_step()
 
     @property
@@ -95,6 +102,7 @@ class Metrics:
 
     def record_eval(self, step: int, *, eval_loss: float) -> None:
         """Write a line with the loss and perplexity of the held-out data."""
+        self.eval_loss = eval_loss
         line = {"step": step, "eval_loss": eval_loss, "eval_perplexity": math.exp(min(eval_loss, 700.0))}
         self._write("metrics", line)
         self._tell_monitor(step, line)
@@ -109,6 +117,7 @@ class Metrics:
 
     def step_done(self) -> None:
         """Move the progress bar."""
+        self.eval_loss = None
         self._bar.update()
 
     def close(self) -> None:
@@ -130,6 +139,35 @@ class Metrics:
         if self._monitor.enabled and self._processes.is_first:
             events = [(f"train/{name}", value, step) for name, value in line.items() if value is not None]
             self._monitor.write_events([event for event in events if not event[0].endswith("/step")])
+
+
+def _set_redone_aside(path: Path, *, done: int) -> None:
+    """Move the lines of steps that will be done again to a file of their own, so that each step has one line."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    redone: list[str] = []
+    content = path.read_text()
+    for line in content.splitlines():
+        (redone if redone or _is_after(line, done) else kept).append(line)
+    if not redone and content.endswith("\n"):
+        return
+    with path.with_name(f"{path.stem}.redone.jsonl").open("a") as aside:
+        aside.writelines(f"{line}\n" for line in redone)
+    shortened = path.with_name(f".{path.name}.tmp")
+    shortened.write_text("".join(f"{line}\n" for line in kept))
+    shortened.replace(path)
+
+
+def _is_after(line: str, done: int) -> bool:
+    """Whether a line was written after the checkpoint of step ``done``."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        # The run was ended in the middle of writing it.
+        return True
+    # A dense finish comes after the checkpoint of its step.
+    return bool(told["step"] > done or (told["step"] == done and "dense_finish" in told))
 
 
 class StepTotals:

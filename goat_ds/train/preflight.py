@@ -7,8 +7,10 @@ from goat_ds import demo
 from goat_ds.data import check_sources, load_tokenizer
 from goat_ds.data.probe import row_problem
 from goat_ds.errors import ConfigError
-from goat_ds.train.config import TrainConfig
+from goat_ds.train.config import AUTO, TrainConfig
+from goat_ds.train.resume import Resumption
 from goat_ds.zero import ds_config, engine, ranks
+from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
 from goat_ds.zero.ranks import Ranks
@@ -53,12 +55,13 @@ def filled_ds_config(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
     return ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
 
 
-def problems(config: TrainConfig, processes: Ranks) -> Iterator[str]:
+def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
     """Say everything that is wrong, one line each. Reads configs and data, no weights."""
+    config = resumption.config
     numbers = list(config.problems())
     yield from numbers
-    if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
-        yield f"output_dir ({config.folder}) is not empty: it may hold another run; choose another folder"
+    yield from resumption.problems
+    yield from _folder_problems(config, resumption)
     base_is_4bit, told = _check_4bit(config)
     if config.ds_config is not None:
         raw, unreadable = ds_config.read(config.ds_config)
@@ -78,10 +81,27 @@ def problems(config: TrainConfig, processes: Ranks) -> Iterator[str]:
     if config.model or config.is_demo:
         # With wrong numbers the adapter cannot be put anywhere.
         # A config that cannot be read is told once.
-        found = list(_model_problems(config, rehearsable=not numbers))
+        found = list(_model_problems(resumption, rehearsable=not numbers))
         yield from dict.fromkeys([*told, *found])
     yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
     yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+
+
+def _folder_problems(config: TrainConfig, resumption: Resumption) -> Iterator[str]:
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        yield f"output_dir ({folder}) is not a folder; choose another"
+        return
+    # The folder of a run that resumes from within it is its own, also where that run died before its first checkpoint.
+    checkpoint = resumption.checkpoint
+    is_own = config.resume == AUTO or (
+        checkpoint is not None and checkpoint.folder.parent.resolve() == folder.resolve()
+    )
+    if not is_own and folder.exists() and any(folder.iterdir()):
+        yield (
+            f"output_dir ({folder}) is not empty: it may hold another run; choose another folder, or --resume auto to "
+            "go on with that run"
+        )
 
 
 def _check_4bit(config: TrainConfig) -> tuple[bool, list[str]]:
@@ -94,7 +114,8 @@ def _check_4bit(config: TrainConfig) -> tuple[bool, list[str]]:
         return config.load_in_4bit, list(error.problems)
 
 
-def _model_problems(config: TrainConfig, *, rehearsable: bool) -> Iterator[str]:
+def _model_problems(resumption: Resumption, *, rehearsable: bool) -> Iterator[str]:
+    config, checkpoint = resumption.config, resumption.checkpoint
     model, tokenizer = model_name(config), None
     try:
         tokenizer = load_tokenizer(model)
@@ -106,8 +127,30 @@ def _model_problems(config: TrainConfig, *, rehearsable: bool) -> Iterator[str]:
         leak = row_problem(model, attention="eager" if config.attn is Attention.EAGER else "sdpa")
         yield from [leak] if leak else []
     if rehearsable:
-        rehearsed = _raised_by(lambda: engine.rehearse(model, config.goat(), quantization=config.quantization()))
-        yield from rehearsed
+        try:
+            shapes = engine.rehearse(model, config.goat(), quantization=config.quantization())
+        except ConfigError as error:
+            yield from error.problems
+            return
+        if checkpoint is not None:
+            yield from _misfits_of(checkpoint, shapes)
+
+
+def _misfits_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Say whether a checkpoint's adapter is one of this model; a dense finish has taken its routers."""
+    expected = {name: shape for name, shape in shapes.items() if checkpoint.is_routed or not name.endswith("router")}
+    wrong = [
+        name
+        for name in sorted(expected.keys() | checkpoint.shapes.keys())
+        if expected.get(name) != checkpoint.shapes.get(name)
+    ]
+    if wrong:
+        name = wrong[0]
+        yield (
+            f"resume ({checkpoint.folder}) is of another model or adapter: {len(wrong)} tensors differ, the first is "
+            f"{name}: {checkpoint.shapes.get(name)} there, {expected.get(name)} here; resume with its own model and "
+            "flags"
+        )
 
 
 def _raised_by(check: Callable[[], Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A run from its command line to its exit code: 0 done, 2 bad input, 1 anything else."""
+"""A run from its command line to its exit code: 0 done, 2 bad input, 75 saved on a signal, 1 anything else."""
 
 import os
 import sys
@@ -7,10 +7,12 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from goat_ds.errors import ConfigError, GoatError, raise_if_any
+from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
 from goat_ds.train.config import TrainConfig, parse, ranks_from_environment, world_rank_from_environment
 from goat_ds.train.loop import load_all_tokens, say, train
 from goat_ds.train.preflight import problems
+from goat_ds.train.resume import look
+from goat_ds.train.signals import INTERRUPTED, Signals
 from goat_ds.zero import ds_config, ranks
 from goat_ds.zero.ranks import Ranks
 
@@ -22,17 +24,23 @@ def main(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     world_rank = world_rank_from_environment()
     joined = False
+    signals = Signals()
+    signals.listen()
     try:
         config = parse(arguments)
         processes = ranks_from_environment(config)
         ranks.join(processes, timeout_minutes=config.timeout_minutes)
         joined = True
-        _check_and_train(config, processes)
+        _check_and_train(config, processes, signals)
     except ConfigError as error:
         # Every rank sees the same command line; what only one rank has found, that one must say.
         if world_rank == 0 or (joined and not error.told_everywhere):
             print(f"\n{error}\n", file=sys.stderr)
         _end(2, world_rank)
+    except Interrupted as error:
+        if world_rank == 0:
+            print(f"\n{error}\n", file=sys.stderr)
+        _end(INTERRUPTED, world_rank)
     except GoatError as error:
         print(f"\nrank {world_rank}: {error}\n", file=sys.stderr)
         _end(1, world_rank)
@@ -42,17 +50,18 @@ def main(arguments: Sequence[str]) -> None:
     ranks.leave()
 
 
-def _check_and_train(config: TrainConfig, processes: Ranks) -> None:
+def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals) -> None:
+    resumption = look(config, processes)
     # Files are read by one process a node; what it finds ends all of them.
-    ranks.together(lambda: raise_if_any(problems(config, processes)) if processes.is_first_on_node else None)
+    ranks.together(lambda: raise_if_any(problems(resumption, processes)) if processes.is_first_on_node else None)
     raw, _ = ds_config.read(str(config.ds_config))
-    say(processes, *(f"warning: {line}" for line in ds_config.warnings(raw)))
+    say(processes, *(f"warning: {line}" for line in ds_config.warnings(raw)), *resumption.notes)
     if config.dry_run:
         load_all_tokens(config, processes)
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
-    saved = train(config, processes)
+    saved = train(resumption, processes, signals)
     say(processes, f"saved {saved}")
 
 

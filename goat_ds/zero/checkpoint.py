@@ -1,25 +1,84 @@
-"""Save what was trained: the adapter, gathered one tensor at a time, written whole or not at all."""
+"""Save and resume what was trained: safetensors and JSON, no pickle, nothing that depends on the number of ranks.
 
+    checkpoint-<step>/
+      adapter/                  a PEFT adapter folder, in the dtype of the model
+      state-00001.safetensors   fp32 value and Adam's moments of every trained tensor: 12 bytes a parameter
+      run.json                  step, schedule, loss scale, and what the run itself has to remember
+      manifest.json             size and SHA-256 of every file
+
+Tensors are gathered one at a time, and only the trained ones; no frozen weight is. Random numbers need no place: the
+generator of every step is a function of the seed, the step and the rank.
+"""
+
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from goat_ds.errors import ConfigError, SaveError, told_everywhere
+from goat_ds.manifest import damages, write_manifest
 from goat_ds.tuner.model import named_experts
-from goat_ds.zero import partition
-from goat_ds.zero.engine import ADAPTER_NAME, peft_model
-from goat_ds.zero.ranks import Ranks, together
+from goat_ds.zero import partition, ranks
+from goat_ds.zero.decompose import StoredExperts
+from goat_ds.zero.engine import ADAPTER_NAME, peft_model, resume_schedule
+from goat_ds.zero.optimizer_state import MOMENTS, TensorState, read_state, write_state
+from goat_ds.zero.ranks import Ranks
 
 ADAPTER_FOLDER = "adapter"
+RUN_NAME = "run.json"
+FORMAT = "goat_ds checkpoint 1"
+"""Stands in ``run.json``; another number, another layout."""
+STATE_PATTERN = "state-*.safetensors"
+SHARD_BYTES = 2**30
+"""A file of state ends with the tensor that brings it here: what the writing rank holds at a time."""
+SMALL_BYTES = 4 * 2**20
+"""Room for what is neither adapter nor state: JSON, the sample of the data."""
+PARTS = ("master", *MOMENTS)
+LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a loss scaler of DeepSpeed's changes from step to step."""
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint that a run goes on from; every rank knows what is in its JSON files."""
+
+    folder: Path
+    reader: int
+    """The rank that reads it; other nodes need not have the folder."""
+    step: int
+    """After which it was written."""
+    engine: dict[str, Any]
+    """Counters of Adam and the schedule, and the loss scale."""
+    run: dict[str, Any]
+    """What the run wrote down for itself."""
+    adapter: dict[str, Any]
+    """``adapter_config.json``."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of the adapter's tensors, by name in the file."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a dense finish was still to come, if there is one."""
+        return bool(self.adapter.get("routed", True))
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     """Name the folder of a step's checkpoint."""
     return output_dir / f"checkpoint-{step}"
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """List the steps of the checkpoints in a folder, newest first."""
+    names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+    return sorted((int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
 
 
 def save_checkpoint(
@@ -28,26 +87,159 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     processes: Ranks,
+    run: Mapping[str, Any] | None = None,
     write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``checkpoint-<step>/adapter/``, a PEFT adapter folder. A collective.
+    """Write ``checkpoint-<step>/``. A collective.
 
     The folder appears when it is complete: a crash leaves the old state or the new one, never half.
 
     Args:
-        engine: With the experts.
+        engine: Between two steps.
         output_dir: Folder of the run.
         step: Of the run.
         processes: Who this process is; the first writes.
+        run: What the run has to remember, as JSON.
         write_beside: Writes into the checkpoint's folder what belongs beside the adapter; the first rank's counts.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        SaveError: it could not be written; whatever was in ``output_dir`` before is still there.
     """
-    final = checkpoint_folder(output_dir, step)
-    tensors = _gather_adapter(engine, keep=processes.is_first)
-    together(lambda: _write(engine, tensors, final, write_beside) if processes.is_first else None)
-    return final
+    writer = _Writer(checkpoint_folder(output_dir, step)) if processes.is_first else None
+    if writer:
+        writer.attempt(lambda: writer.begin(bytes_needed(engine)))
+    num_adam_steps = 0
+    for name, parameter in _trained(engine):
+        state = read_state(engine, parameter)
+        num_adam_steps = state.num_steps
+        if writer:
+            writer.attempt(lambda name=name, state=state: writer.add(name, state))  # type: ignore[misc]
+    tensors = _gather_adapter(engine, keep=writer is not None)
+    if writer:
+        about = {"format": FORMAT, "step": step, "engine": _counters(engine, num_adam_steps), "run": dict(run or {})}
+        writer.attempt(lambda: writer.finish(engine, tensors, about, write_beside))
+    problem = ranks.from_first(writer and writer.problem)
+    if problem is not None:
+        raise SaveError(f"checkpoint-{step} was not written to {output_dir}: {problem}")
+    return checkpoint_folder(output_dir, step)
+
+
+def bytes_needed(engine: DeepSpeedEngine) -> int:
+    """Give the bytes of a checkpoint, rounded up a little."""
+    adapter = sum(
+        partition.full_shape(parameter).numel() * parameter.element_size()
+        for item in named_experts(peft_model(engine), ADAPTER_NAME)
+        for parameter in item.experts.parameters()
+    )
+    state = sum(partition.full_shape(parameter).numel() for _, parameter in _trained(engine)) * 4 * len(PARTS)
+    return adapter + state + SMALL_BYTES
+
+
+def check_room(engine: DeepSpeedEngine, output_dir: Path, processes: Ranks) -> None:
+    """See whether the disk has room for a checkpoint, before steps are trained that could not be saved. A collective.
+
+    Raises:
+        ConfigError: it has not, or the folder cannot be written to.
+    """
+    problem = None
+    if processes.is_first:
+        try:
+            _require_room(output_dir, bytes_needed(engine))
+            (output_dir / ".writable").touch()
+            (output_dir / ".writable").unlink()
+        except OSError as error:
+            problem = f"output_dir ({output_dir}) cannot take a checkpoint: {error.strerror}; choose another folder"
+    problem = ranks.from_first(problem)
+    if problem is not None:
+        raise told_everywhere(problem)
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(None, f"the disk has {free / 2**20:,.0f} MiB free, and {needed / 2**20:,.0f} are needed")
+
+
+class _Writer:
+    """Writes one checkpoint on the first rank. What fails is kept until all ranks have passed their collectives."""
+
+    def __init__(self, final: Path) -> None:
+        self._final, self._folder = final, final.with_name(f".{final.name}.tmp")
+        self._pending: dict[str, Tensor] = {}
+        self._num_files = 0
+        self.problem: str | None = None
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        if self.problem is not None:
+            return
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            self.problem = getattr(error, "strerror", None) or str(error)
+            # Its bytes may be what the next attempt needs.
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def begin(self, num_bytes: int) -> None:
+        if self._final.exists():
+            raise OSError(None, f"{self._final} is there already")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        _require_room(self._final.parent, num_bytes)
+        self._folder.mkdir()
+
+    def add(self, name: str, state: TensorState) -> None:
+        self._pending |= {f"{name}.{part}": getattr(state, part).cpu().contiguous() for part in PARTS}
+        if sum(tensor.nbytes for tensor in self._pending.values()) >= SHARD_BYTES:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        self._num_files += 1
+        path = self._folder / STATE_PATTERN.replace("*", f"{self._num_files:05d}")
+        save_file(self._pending, path)
+        self._pending = {}
+
+    def finish(
+        self,
+        engine: DeepSpeedEngine,
+        tensors: dict[str, Tensor],
+        about: dict[str, Any],
+        write_beside: Callable[[Path], None] | None,
+    ) -> None:
+        if self._pending:
+            self._write_pending()
+        peft_model(engine).save_pretrained(
+            str(self._folder / ADAPTER_FOLDER),
+            state_dict=tensors,
+            save_embedding_layers=False,
+            selected_adapters=[ADAPTER_NAME],
+        )
+        if write_beside:
+            write_beside(self._folder)
+        (self._folder / RUN_NAME).write_text(json.dumps(about, indent=2))
+        write_manifest(self._folder)
+        for path in [*self._folder.rglob("*"), self._folder]:
+            _flush(path)
+        self._folder.rename(self._final)
+        _flush(self._final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep what was written, before a rename says that it is there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
+    """Walk over the trained tensors by their names in the adapter's file."""
+    for item in named_experts(peft_model(engine), ADAPTER_NAME):
+        for name, parameter in item.experts.named_parameters():
+            if parameter.requires_grad:
+                yield f"{item.path}.goat_{name}", parameter
 
 
 @torch.no_grad()
@@ -62,29 +254,170 @@ def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]
     return tensors
 
 
-def _write(
-    engine: DeepSpeedEngine, tensors: dict[str, Tensor], final: Path, write_beside: Callable[[Path], None] | None
-) -> None:
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    peft_model(engine).save_pretrained(
-        str(temporary / ADAPTER_FOLDER),
-        state_dict=tensors,
-        save_embedding_layers=False,
-        selected_adapters=[ADAPTER_NAME],
-    )
-    if write_beside:
-        write_beside(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        _flush(path)
-    temporary.rename(final)
-    _flush(final.parent)
+def _counters(engine: DeepSpeedEngine, num_adam_steps: int) -> dict[str, Any]:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    fields = {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if hasattr(scaler, name)}
+    return {
+        "adam_steps": num_adam_steps,
+        "schedule_steps": engine.lr_scheduler.last_epoch,
+        "loss_scale": fields,
+    }
 
 
-def _flush(path: Path) -> None:
-    """Ask the disk to keep what was written, before a rename says that it is there."""
-    descriptor = os.open(path, os.O_RDONLY)
+def keep_newest(output_dir: Path, limit: int) -> None:
+    """Delete all checkpoints but the newest ``limit``, the one with the best eval_loss, and the last routed one.
+
+    What cannot be read is not deleted either.
+    """
+    about = {step: _told_by(checkpoint_folder(output_dir, step)) for step in checkpoint_steps(output_dir)}
+    steps = [step for step, told in about.items() if told is not None]
+    losses = {step: told.eval_loss for step, told in about.items() if told and told.eval_loss is not None}
+    routed = [step for step, told in about.items() if told and told.is_routed]
+    best = min(losses, key=lambda step: (losses[step], -step), default=None)
+    for step in set(steps[limit:]) - {best, max(routed, default=None)}:
+        folder = checkpoint_folder(output_dir, step)
+        # Renamed first, so that no half of a checkpoint has the name of a whole one.
+        grave = folder.with_name(f".{folder.name}.surplus")
+        folder.rename(grave)
+        shutil.rmtree(grave)
+
+
+class _Told(NamedTuple):
+    eval_loss: float | None
+    is_routed: bool
+
+
+def _told_by(folder: Path) -> _Told | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        run = json.loads((folder / RUN_NAME).read_text())["run"]
+        adapter = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
+        return _Told(run["eval_loss"], bool(adapter["routed"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -- the way back
+
+
+class Candidate(NamedTuple):
+    """A checkpoint folder on some node."""
+
+    step: int
+    world_rank: int
+    folder: Path
+
+
+class Found(NamedTuple):
+    """What was looked for: the newest whole checkpoint, and why newer ones were passed over, by their folders."""
+
+    checkpoint: Checkpoint | None
+    damaged: dict[Candidate, str]
+
+
+def newest_whole(output_dir: Path, processes: Ranks) -> Found:
+    """Find the newest checkpoint of a run that is whole, on whatever node it lies. A collective."""
+    mine = checkpoint_steps(output_dir) if processes.is_first_on_node else []
+    here = {f"{processes.world_rank} {step}": (step, processes.world_rank) for step in mine}
+    everywhere = sorted(ranks.union_over_ranks(here).values(), key=lambda found: (-found[0], found[1]))
+    damaged: dict[Candidate, str] = {}
+    for step, world_rank in everywhere:
+        candidate = Candidate(step, world_rank, checkpoint_folder(output_dir, step))
+        try:
+            return Found(read_checkpoint(candidate.folder, reader=world_rank, processes=processes), damaged)
+        except ConfigError as error:
+            damaged[candidate] = "; ".join(error.problems)
+    return Found(None, damaged)
+
+
+def read_checkpoint(folder: Path, *, reader: int, processes: Ranks) -> Checkpoint:
+    """Read what every rank has to know of a checkpoint, and hold it against its manifest. A collective.
+
+    Raises:
+        ConfigError: it is not whole, or is none: one line a problem, the same on every rank.
+    """
+    return ranks.together_from(reader, lambda: _read(folder, reader))
+
+
+def _read(folder: Path, reader: int) -> Checkpoint:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no checkpoint folder")
+    if problems := list(damages(folder)):
+        raise ConfigError(*problems)
+    try:
+        about = json.loads((folder / RUN_NAME).read_text())
+        adapter = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
+        if about["format"] != FORMAT:
+            raise ConfigError(f"{folder / RUN_NAME}: format ({about['format']}) is not {FORMAT}")
+        step, engine, run = int(about["step"]), dict(about["engine"]), dict(about["run"])
+        shapes = _shapes_in(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+        state = {name: shape for path in sorted(folder.glob(STATE_PATTERN)) for name, shape in _shapes_in(path).items()}
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} is damaged: its JSON files lack or distort {error}") from error
+    if problems := list(_misfits(folder, shapes, state)):
+        raise ConfigError(*problems)
+    return Checkpoint(folder, reader, step, engine, run, adapter, shapes)
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is no safetensors file: {error}") from error
+
+
+def _misfits(folder: Path, shapes: dict[str, tuple[int, ...]], state: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Say which tensors of the state do not belong to the adapter."""
+    expected = {f"{name}.{part}": shape for name, shape in shapes.items() for part in PARTS if _is_trained(name)}
+    for name in sorted(expected.keys() | state.keys()):
+        if expected.get(name) != state.get(name):
+            yield f"{folder}: {name} has shape {state.get(name)} in the state, and {expected.get(name)} by the adapter"
+
+
+def _is_trained(name: str) -> bool:
+    return name.rpartition("goat_")[2] in ("A", "B", "router")
+
+
+def stored_experts(checkpoint: Checkpoint, processes: Ranks) -> StoredExperts:
+    """Give the adapter's tensors to the rank that reads, to start experts from. A collective."""
+    path = checkpoint.folder / ADAPTER_FOLDER / "adapter_model.safetensors"
+    here = processes.world_rank == checkpoint.reader
+    return StoredExperts(checkpoint.reader, ranks.together(lambda: load_file(path) if here else None))
+
+
+@torch.no_grad()
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, processes: Ranks) -> None:
+    """Give a new engine the state of the one that wrote a checkpoint. A collective.
+
+    Args:
+        engine: Trains the tensors of the checkpoint, under whatever stage and on whatever number of ranks.
+        checkpoint: Whole.
+        processes: Who this process is.
+    """
+    here = processes.world_rank == checkpoint.reader
+    num_steps = int(checkpoint.engine["adam_steps"])
+    read = _StateReader(checkpoint.folder) if here else None
+    for name, parameter in _trained(engine):
+        state = read.state(name, num_steps) if read else None
+        write_state(engine, parameter, state, owner=checkpoint.reader)
+    resume_schedule(engine, int(checkpoint.engine["schedule_steps"]))
+    for name, value in checkpoint.engine["loss_scale"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+    # What DeepSpeed's own reports and profiler count.
+    engine.global_steps = checkpoint.step
+    engine.global_samples = checkpoint.step * engine.train_batch_size()
+
+
+class _StateReader:
+    def __init__(self, folder: Path) -> None:
+        self._place = {name: path for path in sorted(folder.glob(STATE_PATTERN)) for name in _shapes_in(path)}
+
+    def state(self, name: str, num_steps: int) -> TensorState:
+        master, first, second = (self._tensor(f"{name}.{part}") for part in PARTS)
+        return TensorState(master, first, second, num_steps)
+
+    def _tensor(self, name: str) -> Tensor:
+        with safe_open(self._place[name], framework="pt") as file:
+            return file.get_tensor(name)

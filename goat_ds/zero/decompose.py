@@ -82,6 +82,21 @@ class StartValues(NamedTuple):
     sample: LayerSample | None
 
 
+class StoredExperts(NamedTuple):
+    """An adapter that was trained before: experts go on from it, and nothing is decomposed."""
+
+    reader: int
+    """The rank that has it."""
+    tensors: dict[str, Tensor] | None
+    """By name in the adapter's file; None on the other ranks."""
+
+    def of(self, item: NamedExperts) -> list[Tensor] | None:
+        """Give a layer's tensors in the order of its parameters, on the rank that has them."""
+        if self.tensors is None:
+            return None
+        return [self.tensors[f"{item.path}.goat_{name}"] for name, _ in item.experts.named_parameters()]
+
+
 class Assignment(NamedTuple):
     """One layer of a wave and the rank that works on it."""
 
@@ -97,6 +112,7 @@ def start_adapter(
     seed: int,
     cache: Path | None,
     recipe: Recipe | None = None,
+    stored: StoredExperts | None = None,
 ) -> StartReport:
     """Fill a deferred adapter from the model's weights, which may be sharded, and make them 4-bit. A collective.
 
@@ -111,6 +127,7 @@ def start_adapter(
         seed: Of the random parts.
         cache: Folder that remembers decompositions by content; any number of processes may share it. None: no cache.
         recipe: How the linear layers become 4-bit, adapted or not; None leaves the base as it is.
+        stored: What to fill the adapter with instead; its tensors have the names and shapes of the adapter's.
     """
     began = time.monotonic()
     works = list(_works(model, adapter_name, recipe and recipe.quantization))
@@ -120,8 +137,9 @@ def start_adapter(
     bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not processes.is_first)
     for wave in waves(works, world_size=processes.world_size):
         received = _receive_mine(wave, processes)
+        known = _fill_from_stored(wave, stored, processes) if stored else None
         # A rank that fails here would leave the others waiting for its factors.
-        mine = ranks.together(partial(_start_values, received, seed=seed, cache=cache))
+        mine = ranks.together(partial(_start_values, received, known, seed=seed, cache=cache))
         # The next wave brings the next weight; a rank never holds two.
         del received
         cached += mine is not None and mine.from_cache
@@ -130,6 +148,8 @@ def start_adapter(
             own += costs[work.path] * here
             if here and mine is not None and mine.sample is not None:
                 samples[work.path] = mine.sample
+            if stored is None and work.item is not None:
+                partition.fill_from(owner, list(work.item.experts.parameters()), mine.values if here and mine else None)
             _hand_out(model, work, owner, mine if here else None, adapter_name, recipe)
             bar.update()
     bar.close()
@@ -204,8 +224,20 @@ def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _start_values(received: Received | None, *, seed: int, cache: Path | None) -> StartValues | None:
-    """Compute a layer's tensors at the start, whole; None for a rank without a layer in the wave."""
+def _fill_from_stored(wave: list[Assignment], stored: StoredExperts, processes: Ranks) -> list[Tensor] | None:
+    """Fill the experts of a wave; give those of this rank's layer, whole. A collective."""
+    mine = None
+    for work, owner in wave:
+        if work.item is not None:
+            values = partition.fill_from(stored.reader, list(work.item.experts.parameters()), stored.of(work.item))
+            mine = values if owner == processes.world_rank else mine
+    return mine
+
+
+def _start_values(
+    received: Received | None, known: list[Tensor] | None, *, seed: int, cache: Path | None
+) -> StartValues | None:
+    """Compute a layer's tensors at the start, whole, or take the known ones; None for a rank without a layer."""
     if received is None:
         return None
     work, weight_OI = received
@@ -214,7 +246,7 @@ def _start_values(received: Received | None, *, seed: int, cache: Path | None) -
         return StartValues([], False, pack(weight_OI, work.packing), None)
     experts = work.item.experts
     directions, from_cache = None, False
-    if weight_OI is not None and experts.config.init.decomposes:
+    if known is None and weight_OI is not None and experts.config.init.decomposes:
         directions, from_cache = directions_of(weight_OI, experts, cache=cache)
     whole = GoatExperts(
         experts.config,
@@ -224,9 +256,14 @@ def _start_values(received: Received | None, *, seed: int, cache: Path | None) -
         like=torch.empty(0, dtype=experts.A.dtype, device=ranks.device()),
         signal=experts.signal,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of(seed, work.path))
-        whole.start(directions)
+    if known is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(seed, work.path))
+            whole.start(directions)
+    else:
+        with torch.no_grad():
+            for parameter, value in zip(whole.parameters(), known, strict=True):
+                parameter.copy_(value)
     # Before anything is folded into the weight.
     is_stored_4bit = isinstance(work.base, QuantizedLinear)
     sample = None if weight_OI is None or is_stored_4bit else sample_layer(weight_OI)
@@ -249,7 +286,6 @@ def _hand_out(
 ) -> None:
     """Give every rank its shards of what one rank has made. A collective."""
     if work.item is not None:
-        partition.fill_from(owner, list(work.item.experts.parameters()), mine.values if mine else None)
         work.item.experts.ready = True
     folds = work.item is not None and work.item.experts.folds
     if work.packing is None:

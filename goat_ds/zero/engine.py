@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization, unreadable
 from goat_ds.tuner.config import GoatConfig, Residual
+from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
 from goat_ds.zero import ds_config, partition, quantize, ranks
 from goat_ds.zero.ds_config import Precision
@@ -148,8 +149,11 @@ def _tokens_in_use(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, in
             yield token, row
 
 
-def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | None) -> None:
+def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | None) -> dict[str, tuple[int, ...]]:
     """Put the adapter on a model without weights, to see whether it fits, and whether the model can become 4-bit.
+
+    Returns:
+        The shapes of the adapter's tensors, by their names in its file.
 
     Raises:
         ConfigError: the model's config cannot be read, no layer matches, layers are too small or have a size that
@@ -162,11 +166,15 @@ def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | N
     except (OSError, ValueError) as error:
         raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
     unfit = [] if quantization is None else list(quantize.misfits(skeleton, quantization))
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        get_peft_model(skeleton, _deferred(goat), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+        fitted = get_peft_model(skeleton, _deferred(goat), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+        for item in named_experts(fitted, ADAPTER_NAME):
+            shapes |= {f"{item.path}.goat_{name}": tuple(p.shape) for name, p in item.experts.named_parameters()}
     except ConfigError as error:
         unfit.extend(error.problems)
     raise_if_any(unfit)
+    return shapes
 
 
 def load_base(

@@ -115,8 +115,7 @@ def finish_densely(
     _drop_routers(model, layers)
     # Else the memory of two optimizers would be needed: what DeepSpeed leaves behind goes round in circles.
     gc.collect()
-    for experts in layers.values():
-        train_in_units_of_a(experts)
+    train_in_units_of_a(model)
     config = engines.without_monitors(engine_config)
     engine = engines.build_engine(model, engine_config=config, schedule=schedule)
     engines.resume_schedule(engine, num_steps)
@@ -158,9 +157,10 @@ def _widest(model: PeftModel) -> int:
     return max(item.experts.in_features for item in named_experts(model, engines.ADAPTER_NAME))
 
 
-def train_in_units_of_a(experts: GoatExperts) -> None:
-    """Divide the gradient of static experts' ``A'`` by E, from here on."""
-    experts.A.register_hook(partial(torch.mul, other=1 / experts.config.num_experts))
+def train_in_units_of_a(model: PeftModel) -> None:
+    """Divide the gradient of every layer's static ``A'`` by E, from here on; for a model without an engine."""
+    for item in named_experts(model, engines.ADAPTER_NAME):
+        item.experts.A.register_hook(partial(torch.mul, other=1 / item.experts.config.num_experts))
 
 
 def _fit_all(

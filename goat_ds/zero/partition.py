@@ -108,21 +108,26 @@ def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[
 
 
 @torch.no_grad()
-def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> None:
+def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> list[Tensor]:
     """Give parameters of one dtype the values that one rank has. A collective: one broadcast.
 
     Args:
         world_rank: Who has the values.
         parameters: What to fill, the same on every rank.
         values: Whole tensors in the parameters' order; None on the other ranks.
+
+    Returns:
+        The values, whole, on every rank.
     """
     sizes = [full_shape(parameter).numel() for parameter in parameters]
     flat = torch.empty(sum(sizes), dtype=parameters[0].dtype, device=ranks.device())
     if values is not None:
         torch.cat([value.reshape(-1).to(flat) for value in values], out=flat)
     torch.distributed.broadcast(flat, src=world_rank)
-    for parameter, whole in zip(parameters, flat.split(sizes), strict=True):
+    wholes = [part.view(full_shape(parameter)) for parameter, part in zip(parameters, flat.split(sizes), strict=True)]
+    for parameter, whole in zip(parameters, wholes, strict=True):
         put(parameter, whole)
+    return wholes
 
 
 @torch.no_grad()

@@ -117,6 +117,28 @@ def same_everywhere(value: str) -> bool:
     return len(set(values)) == 1
 
 
+def from_first(value: T) -> T:
+    """Give every rank what the first one has. A collective."""
+    told: list[Any] = [value]
+    torch.distributed.broadcast_object_list(told, src=0)
+    result: T = told[0]
+    return result
+
+
+def together_from(world_rank: int, work: Callable[[], T]) -> T:
+    """Let one rank do something and give its result, or what it raised, to all. A collective.
+
+    Raises:
+        ConfigError: it raised one.
+        TrainingError: it raised anything else.
+    """
+    here = torch.distributed.get_rank() == world_rank
+    told: list[Any] = [together(lambda: work() if here else None)]
+    torch.distributed.broadcast_object_list(told, src=world_rank)
+    result: T = told[0]
+    return result
+
+
 def together(work: Callable[[], T]) -> T:
     """Do something that may fail on some ranks; if it does, fail on all of them. A collective.
 

@@ -40,7 +40,7 @@ def plan_of(dataset, *, world_size=2, micro_batch_size=2, grad_accum_steps=2, pa
         packs=packs,
         num_labels=num_labels,
         micro_batch_size=micro_batch_size,
-        grad_accum_steps=grad_accum_steps,
+        global_batch_size=micro_batch_size * grad_accum_steps * world_size,
         world_size=world_size,
         seed=0,
     )

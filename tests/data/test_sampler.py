@@ -13,7 +13,7 @@ def plan(num_packs=53, layout=(2, 2, 2), seed=0):
         packs=[[row] for row in range(num_packs)],
         num_labels=list(range(1, num_packs + 1)),
         micro_batch_size=micro_batch_size,
-        grad_accum_steps=grad_accum_steps,
+        global_batch_size=micro_batch_size * grad_accum_steps * world_size,
         world_size=world_size,
         seed=seed,
     )
@@ -21,6 +21,21 @@ def plan(num_packs=53, layout=(2, 2, 2), seed=0):
 
 def shares(batch_plan, batch):
     return [batch_plan.share_of(batch, world_rank=rank) for rank in range(batch_plan.world_size)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_any_number_of_ranks_shares_the_same_global_batches(world_size, micro_batch_size):
+    expected = list(plan().from_step(0, until=14))
+    packs = {"packs": [[row] for row in range(53)], "num_labels": list(range(1, 54))}
+    sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": 8, "world_size": world_size}
+    batch_plan = BatchPlan(**packs, **sizes, seed=0)
+    assert list(batch_plan.from_step(0, until=14)) == expected
+    for batch in expected:
+        dealt = shares(batch_plan, batch)
+        assert sorted(pack for share in dealt for micro in share for pack in micro) == sorted(batch.pack_ids)
+        assert all(len(share) == batch_plan.grad_accum_steps for share in dealt)
+        assert all(len(micro) <= micro_batch_size for share in dealt for micro in share)
 
 
 def test_an_epoch_holds_every_pack_exactly_once():

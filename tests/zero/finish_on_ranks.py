@@ -33,7 +33,9 @@ def main() -> None:
     tokens, _ = load_all_tokens(config, processes)
     engine: Any = build(config, processes, num_steps=NUM_STEPS)
     model: Any = engines.peft_model(engine)
-    stream = batches(tokens.dataset, batch_plan(config, processes, tokens.packed), world_rank=processes.world_rank)
+    size = config.packs_per_step(processes.world_size)
+    plan = batch_plan(config, processes, tokens.packed, global_batch_size=size)
+    stream = batches(tokens.dataset, plan, world_rank=processes.world_rank)
     steps = [batch for _, batch in stream.from_step(0, until=NUM_STEPS)]
 
     def train_on(first: int, until: int) -> None:

@@ -76,7 +76,8 @@ class Run:
     def train(self, first: int, until: int) -> list[float]:
         """Give the loss of every step on this rank."""
         losses = []
-        plan = batch_plan(self.config, self.processes, self.tokens.packed)
+        size = self.config.packs_per_step(self.processes.world_size)
+        plan = batch_plan(self.config, self.processes, self.tokens.packed, global_batch_size=size)
         rank, num_ranks = self.processes.world_rank, self.processes.world_size
         for _, batch in batches(self.tokens.dataset, plan, world_rank=rank).from_step(first, until=until):
             for micro_batch in batch.micro_batches:

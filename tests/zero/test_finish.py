@@ -182,7 +182,7 @@ def test_the_gradient_of_a_static_a_is_divided_by_the_number_of_experts() -> Non
         model.zero_grad()
         model(input_ids=token_ids(1, 9), labels=token_ids(1, 9)).loss.backward()
         gradients.append((experts.A.grad.clone(), experts.B.grad.clone()))
-        finish.train_in_units_of_a(experts)
+        finish.train_in_units_of_a(model)
     (a, b), (a_divided, b_again) = gradients
     torch.testing.assert_close(a_divided, a / 4)
     torch.testing.assert_close(b_again, b)
@@ -194,7 +194,7 @@ def test_tokens_until_a_step_are_those_of_its_packs() -> None:
         packs=[[0], [1, 2], [3]],
         num_labels=[1, 1, 1],
         micro_batch_size=1,
-        grad_accum_steps=1,
+        global_batch_size=1,
         world_size=1,
         seed=0,
     )

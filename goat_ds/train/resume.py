@@ -1,0 +1,148 @@
+"""Find the checkpoint a run goes on from, and see that it is still the same run."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from goat_ds.errors import ConfigError
+from goat_ds.train.config import AUTO, TrainConfig
+from goat_ds.zero import ranks
+from goat_ds.zero.checkpoint import Candidate, Checkpoint, checkpoint_steps, newest_whole, read_checkpoint
+from goat_ds.zero.ranks import Ranks
+
+# What a run may change without becoming another one: places, watching, and how the same arithmetic is done. Data and
+# base are known by content, and the packs of a step are held by themselves.
+FREE = frozenset(
+    {
+        "config", "output_dir", "dry_run", "timeout_minutes", "local_rank", "resume", "allow_changed",
+        "model", "attn", "gradient_checkpointing", "ds_config", "micro_batch_size", "grad_accum_steps",
+        "data", "eval_data", "split", "eval_split", "data_format", "token_cache", "svd_cache",
+        "log_steps", "router_log_steps", "eval_steps", "save_steps", "save_total_limit", "on_save_error",
+        "calibration_sample_tokens",
+    }
+)  # fmt: skip
+
+
+class Resumption(NamedTuple):
+    """How a run begins: at a checkpoint, or None: at the start; what is wrong with that, and what to say of it."""
+
+    checkpoint: Checkpoint | None
+    config: TrainConfig
+    """With the accumulation that keeps the packs of a step, whatever the number of ranks."""
+    global_batch_size: int
+    problems: list[str]
+    notes: list[str]
+    damaged: list[Candidate]
+    """Newer checkpoints that are not whole."""
+
+
+def look(config: TrainConfig, processes: Ranks) -> Resumption:
+    """Find out where the run begins. A collective; changes nothing."""
+    size = config.packs_per_step(processes.world_size)
+    fresh = Resumption(None, config, size, [], [], [])
+    if config.resume is None:
+        return fresh
+    try:
+        checkpoint, damaged = _chosen(config, processes)
+    except ConfigError as error:
+        return fresh._replace(problems=list(error.problems))
+    notes = [f"resume: passed over {candidate.folder.name}: {why}" for candidate, why in damaged.items()]
+    if checkpoint is None:
+        return fresh._replace(notes=notes)
+    problems = list(changes(config, checkpoint.run["settings"]))
+    kept, problem, note = _keep_global_batch(config, checkpoint.run, processes)
+    problems += [problem] if problem else []
+    if config.allow_changed:
+        notes, problems = [*notes, *(f"resume: changed: {line}" for line in problems)], []
+        kept = checkpoint.run["global_batch_size"] if not problem else size
+    notes += [note] if note else []
+    per_step = config.micro_batch_size * processes.world_size
+    config = dataclasses.replace(config, grad_accum_steps=max(1, -(-kept // max(per_step, 1))))
+    return Resumption(checkpoint, config, kept, problems, notes, list(damaged))
+
+
+def _chosen(config: TrainConfig, processes: Ranks) -> tuple[Checkpoint | None, dict[Candidate, str]]:
+    if config.resume == AUTO:
+        checkpoint, damaged = newest_whole(config.folder, processes)
+        if checkpoint is None and damaged:
+            told = [f"resume (auto): {candidate.folder.name} is not whole: {why}" for candidate, why in damaged.items()]
+            raise ConfigError(*told, f"resume (auto): no checkpoint in {config.folder} is whole; choose another folder")
+        return checkpoint, damaged
+    return _named(Path(str(config.resume)), config.folder, processes), {}
+
+
+def _named(folder: Path, output_dir: Path, processes: Ranks) -> Checkpoint:
+    """Read the checkpoint that was asked for, from the first rank that has it. A collective."""
+    has_it = {str(processes.world_rank): processes.world_rank} if folder.is_dir() else {}
+    readers = ranks.union_over_ranks(has_it)
+    if not readers:
+        raise ConfigError(f"resume ({folder}) is no folder; give that of a checkpoint, or auto")
+    try:
+        checkpoint = read_checkpoint(folder, reader=min(readers.values()), processes=processes)
+    except ConfigError as error:
+        raise ConfigError(*(f"resume: {line}" for line in error.problems)) from error
+    steps = ranks.union_over_ranks({str(processes.world_rank): checkpoint_steps(output_dir)})
+    later = sorted({step for found in steps.values() for step in found if step > checkpoint.step})
+    if later:
+        raise ConfigError(
+            f"resume ({folder}): output_dir ({output_dir}) holds later checkpoints ({', '.join(map(str, later))}), "
+            "which the run would write again; choose another output_dir, or resume auto"
+        )
+    return checkpoint
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Give a run's settings as a checkpoint keeps them."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return settings
+
+
+def changes(config: TrainConfig, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Say which settings make this another run than the one whose settings are given."""
+    for name, value in settings_of(config).items():
+        if name not in FREE and name in settings and settings[name] != value:
+            yield (
+                f"{name} ({value}) was {settings[name]} when the run began; set it back, or give --allow_changed to "
+                "go on with the new one"
+            )
+
+
+def _keep_global_batch(
+    config: TrainConfig, run: Mapping[str, Any], processes: Ranks
+) -> tuple[int, str | None, str | None]:
+    """Give the packs of a step, what is wrong with the flags that say another number, and what to say."""
+    kept, settings = int(run["global_batch_size"]), run["settings"]
+    per_step = config.micro_batch_size * processes.world_size
+    size = config.packs_per_step(processes.world_size)
+    if size == kept or per_step < 1:
+        return kept, None, None
+    fitting = -(-kept // per_step)
+    if all(settings[name] == getattr(config, name) for name in ("micro_batch_size", "grad_accum_steps")):
+        if fitting == config.grad_accum_steps:
+            return kept, None, None
+        note = f"resume: a step keeps its {kept} packs: grad_accum_steps is {fitting} on {processes.world_size} ranks"
+        return kept, None, note
+    problem = (
+        f"grad_accum_steps ({config.grad_accum_steps}) x micro_batch_size ({config.micro_batch_size}) x ranks "
+        f"({processes.world_size}) makes a step of {size} packs, and the run has steps of {kept}; use grad_accum_steps "
+        f"{fitting}, or give --allow_changed"
+    )
+    return kept, (None if fitting == config.grad_accum_steps else problem), None
+
+
+def set_damaged_aside(damaged: list[Candidate], processes: Ranks) -> None:
+    """Rename checkpoints that are not whole, because the run will write theirs again. A collective."""
+
+    def rename() -> None:
+        for candidate in damaged:
+            if candidate.world_rank == processes.world_rank and candidate.folder.exists():
+                candidate.folder.rename(_free_name(candidate.folder))
+
+    ranks.together(rename)
+
+
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}.damaged{number or ''}") for number in range(10**6))
+    return next(name for name in names if not name.exists())

@@ -1,0 +1,43 @@
+"""Let SIGTERM and SIGUSR1 end a run between two steps, saved: clusters send them before they take a node away."""
+
+import os
+import signal
+from types import FrameType
+
+from goat_ds.zero import ranks
+
+INTERRUPTED = 75
+"""Exit code of a run that a signal has ended and that can be started again (EX_TEMPFAIL of sysexits.h)."""
+KILLED = 128 + signal.SIGTERM
+"""Exit code of a run that left at once."""
+
+
+class Signals:
+    """What this process has been sent.
+
+    Before the first step there is nothing to save, so the process ends at once. After that the running step ends, the
+    run saves, and leaves. A second SIGTERM ends the process at once; checkpoints appear whole or not at all.
+    """
+
+    def __init__(self) -> None:
+        self.saves = False
+        self._received: signal.Signals | None = None
+        self._terminated = False
+
+    def listen(self) -> None:
+        """Take the signals from here on."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def asked(self) -> str | None:
+        """Give the name of a signal that some rank has received, or None. A collective."""
+        received = ranks.max_over_ranks(float(self._received or 0))
+        return signal.Signals(int(received)).name if received else None
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._terminated:
+            os._exit(KILLED)
+        self._terminated |= number == signal.SIGTERM
+        self._received = signal.Signals(number)
+        if not self.saves:
+            os._exit(INTERRUPTED)

@@ -1,0 +1,136 @@
+"""Resumed equals uninterrupted: bit for bit on the same ranks and stage, to rounding on others."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.launching import losses_of, metrics_of, run_many
+
+NUM_STEPS, MIDDLE = 8, 4
+COMMON = {
+    "max_steps": str(NUM_STEPS),
+    "save_steps": str(MIDDLE),
+    "max_length": "64",
+    "learning_rate": "1e-3",
+    "r": "16",
+    "num_experts": "4",
+    "dropout": "0.1",
+    "balance_coef": "0.05",
+    "seed": "3",
+}
+ZERO3 = {"ds_config": "ds_configs/zero3.json"}
+FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
+FOUR_BIT = {"load_in_4bit": "true"}
+SAME: dict[str, dict[str, str]] = {
+    "zero3 bf16": ZERO3 | BF16,
+    "zero3 fp32, accumulated": ZERO3 | FP32 | {"grad_accum_steps": "2"},
+    "zero2 bf16": {"ds_config": "ds_configs/zero2.json"} | BF16,
+    "zero1 fp32": {"ds_config": "ds_configs/zero1.json"} | FP32,
+    "offload bf16": {"ds_config": "ds_configs/zero3_offload.json"} | BF16,
+    "zero3 4-bit": ZERO3 | BF16 | FOUR_BIT,
+    "zero3 fold": ZERO3 | FP32 | {"residual": "fold"},
+    "zero3 GOAT-s, one expert at the start": ZERO3 | FP32 | {"adaptive_scale": "true"},
+    "zero3 reentrant": ZERO3 | BF16 | {"gradient_checkpointing": "reentrant"},
+    "dense before": ZERO3 | BF16 | {"dense_finish": "0.25", "max_length": "256"},
+    "dense just then": ZERO3 | BF16 | {"dense_finish": "0.5", "max_length": "256"},
+    "dense later": ZERO3 | FP32 | {"dense_finish": "0.75", "max_length": "256"},
+}
+
+
+def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
+    places = {"output_dir": folder, "svd_cache": folder.parent / "svd", "token_cache": folder.parent / "tokens"}
+    flags = COMMON | settings | {name: str(path) for name, path in places.items()}
+    return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def interrupted_copy(whole: Path, folder: Path) -> Path:
+    """Give a folder as a run leaves it that died after its checkpoint in the middle, with metrics of later steps."""
+    shutil.copytree(whole, folder)
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) > MIDDLE:
+            shutil.rmtree(path)
+    return folder
+
+
+def adapter_of(folder: Path) -> dict[str, Any]:
+    return load_file(folder / f"checkpoint-{NUM_STEPS}" / "adapter" / "adapter_model.safetensors")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl without what depends on the machine's mood."""
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_mem_gib", "dense_finish")}
+        for line in metrics_of(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train every variant on two ranks, then each again from its middle; give the folder of all of them."""
+    root = tmp_path_factory.mktemp("resume")
+    run_many([flags_of(root / name, settings) for name, settings in SAME.items()], world_size=2, folder=root)
+    again = [
+        [*flags_of(interrupted_copy(root / name, root / f"{name} again"), settings), "--resume", "auto"]
+        for name, settings in SAME.items()
+    ]
+    run_many(again, world_size=2, folder=root / "again")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs: Path, name: str) -> None:
+    assert len(losses_of(runs / name)) == NUM_STEPS
+    assert lines_of(runs / f"{name} again") == lines_of(runs / name)
+    expected, found = adapter_of(runs / name), adapter_of(runs / f"{name} again")
+    assert expected.keys() == found.keys()
+    assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+    assert (runs / f"{name} again" / "metrics.redone.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_small_and_holds_no_frozen_weight(runs: Path) -> None:
+    for folder in runs.glob("*/checkpoint-*"):
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        adapter = sum(size for path, size in sizes.items() if path.parent.name == "adapter")
+        sample = (folder / "calibration.safetensors").stat().st_size
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        trained = sum(t.numel() for key, t in tensors.items() if key.rpartition("goat_")[2] in ("A", "B", "router"))
+        assert sum(sizes.values()) - sample <= 1.02 * (12 * trained + adapter)
+
+
+CHANGED: dict[str, dict[str, str]] = {
+    "zero3 to zero2": {"ds_config": "ds_configs/zero2.json"},
+    "zero3 to offload": {"ds_config": "ds_configs/zero3_offload.json"},
+    "zero3 to eager": {"attn": "eager"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_other_ranks_and_stages_go_on_to_rounding_and_see_the_same_records(
+    runs: Path, tmp_path: Path, world_size: int
+) -> None:
+    # Dropout is another one on other ranks.
+    whole = {"zero3 fp32": ZERO3 | FP32, "zero3 bf16": ZERO3 | BF16, "zero3 4-bit": ZERO3 | BF16 | FOUR_BIT}
+    plain = {name: settings | {"dropout": "0"} for name, settings in whole.items()}
+    run_many([flags_of(tmp_path / name, settings) for name, settings in plain.items()], world_size=2, folder=tmp_path)
+    command_lines, names = [], []
+    for name, settings in plain.items():
+        for change, changed in CHANGED.items():
+            folder = interrupted_copy(tmp_path / name, tmp_path / f"{name} {change}")
+            command_lines.append([*flags_of(folder, settings | changed), "--resume", "auto"])
+            names.append((name, folder))
+    run_many(command_lines, world_size=world_size, folder=tmp_path / "again")
+    for name, folder in names:
+        bound = 1e-5 if name == "zero3 fp32" else 2e-2
+        assert losses_of(folder) == pytest.approx(losses_of(tmp_path / name), rel=bound), folder.name
+        assert [line.get("tokens") for line in metrics_of(folder)] == [
+            line.get("tokens") for line in metrics_of(tmp_path / name)
+        ]
+        about = json.loads((folder / f"checkpoint-{NUM_STEPS}" / "run.json").read_text())
+        assert about["run"]["global_batch_size"] == 2
