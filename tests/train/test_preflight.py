@@ -15,6 +15,7 @@ from goat_ds.data import load_tokenizer
 from goat_ds.errors import ConfigError
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.resume import look
 from goat_ds.tuner.config import Residual
 from goat_ds.zero import engine, quantize
 from goat_ds.zero.engine import Attention, Precision
@@ -39,7 +40,7 @@ def problems(folder: Path, **settings: Any) -> list[str]:
         | {"data": [str(demo.train_data())], "eval_data": [str(demo.heldout_data())]}
         | settings
     )
-    return list(preflight.problems(config, ALONE))
+    return list(preflight.problems(look(config, ALONE), ALONE))
 
 
 def test_a_base_as_it_should_be_has_no_problem(tmp_path: Path) -> None:
