@@ -45,8 +45,13 @@ class Tokens(NamedTuple):
     packed: Packed
 
 
-def train(config: TrainConfig, processes: Ranks) -> Path:
+def train(config: TrainConfig, processes: Ranks, *, step_done: Callable[[int], None] = lambda step: None) -> Path:
     """Train as the settings say. A collective; the settings must have passed ``preflight``.
+
+    Args:
+        config: The settings.
+        processes: Who this process is.
+        step_done: Called with every step that is done.
 
     Returns:
         The folder of the last checkpoint.
@@ -101,6 +106,7 @@ def train(config: TrainConfig, processes: Ranks) -> Path:
         if step == finish_after:
             engine = finish(engine, stream, step, heldout, config, processes, metrics, num_steps=num_steps)
         metrics.step_done()
+        step_done(step)
 
     metrics.close()
     engines.destroy(engine)
