@@ -24,15 +24,15 @@ from goat_ds.data import (
     prepare,
 )
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
-from goat_ds.errors import ConfigError, TrainingError
+from goat_ds.errors import ConfigError
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.health import Health
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import eval_sources, filled_ds_config, model_name, train_sources
-from goat_ds.zero import checkpoint, ranks
+from goat_ds.zero import checkpoint, ds_config, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.decompose import seed_of, start_adapter
-from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.finish import check_enough, finish_densely, tokens_to_fit
 from goat_ds.zero.quantize import measure, recipe_of
 from goat_ds.zero.ranks import Ranks
@@ -70,6 +70,12 @@ def train(config: TrainConfig, processes: Ranks, *, step_done: Callable[[int], N
     if finish_after:
         check_enough(engines.peft_model(engine), num_tokens_until(finish_after, plan, tokens.dataset))
     metrics = Metrics(config.folder, processes=processes, num_steps=num_steps, monitor=engine.monitor)
+    health = Health(
+        tokens.dataset,
+        processes=processes,
+        precision=config.precision,
+        suspects=ds_config.untried_zero(filled_ds_config(config, processes)),
+    )
     saved = None
 
     stream = batches(tokens.dataset, plan, world_rank=processes.world_rank)
@@ -90,7 +96,14 @@ def train(config: TrainConfig, processes: Ranks, *, step_done: Callable[[int], N
             engine.step()
         totals = metrics.finish_step(num_label_tokens=batch.num_label_tokens)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        stop_unless_finite(step, loss=totals.loss, grad_norm=grad_norm, precision=config.precision, saved=saved)
+        health.check(
+            step,
+            loss=totals.loss,
+            grad_norm=grad_norm,
+            applied=engine.was_step_applied(),
+            record_ids=batch.record_ids,
+            saved=saved,
+        )
         last = step == num_steps
         if due(step, config.log_steps, last):
             metrics.record(
@@ -298,20 +311,6 @@ def evaluate(engine: Any, heldout: Tokens, config: TrainConfig, processes: Ranks
         lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
     engine.train()
     return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)
-
-
-def stop_unless_finite(step: int, *, loss: float, grad_norm: float, precision: Precision, saved: Path | None) -> None:
-    """Stop before weights that are no numbers can be saved; every rank sees the same values.
-
-    Raises:
-        TrainingError: the loss is not finite, or the gradient is not and no loss scaler has skipped the step.
-    """
-    wrong = [f"the loss of step {step} is {loss}"] if not math.isfinite(loss) else []
-    if precision is not Precision.FP16 and not math.isfinite(grad_norm):
-        wrong.append(f"the gradient norm of step {step} is {grad_norm}")
-    if wrong:
-        kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was due before it"
-        raise TrainingError(f"{' and '.join(wrong)}; {kept}")
 
 
 def due(step: int, every: int, last: bool) -> bool:
