@@ -31,40 +31,41 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return inherited | fixed | more
 
 
-def run_ranks(arguments: list[str], *, world_size: int, timeout: float = 600) -> list[str]:
-    """Run ``python arguments`` on every rank to the end; give what each printed. Any failure fails the test."""
+def start_ranks(arguments: list[str], *, outputs: list[Path]) -> list[subprocess.Popen[str]]:
+    """Start ``python arguments`` on as many ranks as there are files for what they print."""
     port = str(free_port())
     running = []
-    # Files and not pipes: a rank that has filled its pipe would wait for the test, which waits for another rank.
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed below)
-    for rank in range(world_size):
+    for rank, output in enumerate(outputs):
         environment = cpu_environment(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
+            WORLD_SIZE=str(len(outputs)),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
-        running.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env=environment,
-                cwd=REPOSITORY,
-                stdout=outputs[rank],
-                stderr=subprocess.STDOUT,
+        # Files and not pipes: a rank that has filled its pipe would wait for the test, which waits for another rank.
+        with output.open("w") as file:
+            command = [sys.executable, *arguments]
+            running.append(
+                subprocess.Popen(
+                    command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, text=True
+                )
             )
-        )
-    try:
-        for process in running:
-            process.wait(timeout)
-    finally:
-        for process in running:
-            process.kill()
-    printed = []
-    for output in outputs:
-        with output:
-            output.seek(0)
-            printed.append(output.read())
+    return running
+
+
+def run_ranks(arguments: list[str], *, world_size: int, timeout: float = 600) -> list[str]:
+    """Run ``python arguments`` on every rank to the end; give what each printed. Any failure fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(world_size)]
+        running = start_ranks(arguments, outputs=outputs)
+        try:
+            for process in running:
+                process.wait(timeout)
+        finally:
+            for process in running:
+                process.kill()
+        printed = [output.read_text() for output in outputs]
     for process, text in zip(running, printed, strict=True):
         assert process.returncode == 0, text
     return printed

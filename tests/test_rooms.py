@@ -77,3 +77,19 @@ def test_the_front_door_and_what_needs_no_training_open_without_deepspeed(room: 
     code = f"import sys; sys.modules['deepspeed'] = None; import peft, {room}; print(goat_ds.GoatConfig().peft_type)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == "GOAT"
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "__import__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_that_is_read_can_run_code(path: Path) -> None:
+    assert not {parts[0] for parts in imports(path)} & UNSAFE_MODULES
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in UNSAFE_CALLS, f"line {node.lineno}"
+            # Where nothing is said, transformers asks at the terminal whether to run the code that a model brings.
+            asks = called.startswith("Auto") and called.endswith((".from_pretrained", ".from_config"))
+            assert not asks or "trust_remote_code" in {word.arg for word in node.keywords}, f"line {node.lineno}"

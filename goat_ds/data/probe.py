@@ -140,13 +140,15 @@ def _build(config: Any, *, attention: str) -> nn.Module:
     _shrink(tiny_config)
     how = {"dtype": torch.float32, "attn_implementation": attention}
     with torch.device("meta"):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config), **how)
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(tiny_config), trust_remote_code=False, **how
+        )
     if not _takes_positions(skeleton):
         return skeleton
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise OverflowError(f"the copy would still have {num_parameters:,} parameters")
-    tiny: nn.Module = AutoModelForCausalLM.from_config(tiny_config, **how)
+    tiny: nn.Module = AutoModelForCausalLM.from_config(tiny_config, trust_remote_code=False, **how)
     for parameter in tiny.parameters():
         # Branches as loud as the stream they join and gates off zero: otherwise a leak could hide below rounding.
         if parameter.dim() > 1:

@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # As on a machine where goat_ds is not installed.
     sys.modules["goat_ds"] = None  # type: ignore[assignment]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).eval()
     exam = examine(model, tokenizer, arguments.data)
     for question, expected, given in list(zip(*exam, strict=True))[: arguments.show]:

@@ -94,7 +94,7 @@ def train_tokenizer(facts: list[Fact], folder: Path, *, seed: int) -> PreTrained
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> LlamaForCausalLM:

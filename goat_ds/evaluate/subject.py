@@ -16,6 +16,7 @@ from goat_ds.export import Adapter, find_adapter, read_adapter
 from goat_ds.export.base import find_base
 from goat_ds.export.checkpoint import CONFIG_NAME
 from goat_ds.export.fingerprint import check_base
+from goat_ds.tuner.authors_code import authors_code, config_as_stored
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization
 from goat_ds.tuner.config import GoatPeftType
 from goat_ds.tuner.quantized import Packing, check_backend
@@ -242,6 +243,10 @@ def _misfits(adapter: Adapter, *, is_stored: bool) -> Iterator[str]:
 
 
 def _config_of(model: str, revision: str, *, trust_remote_code: bool) -> Any:
+    stored = config_as_stored(model, revision=revision)
+    # An exact export is told apart later on.
+    if not trust_remote_code and "goat" not in stored and (code := authors_code(stored)):
+        raise ValueError(f"it needs code of its author ({code}); look at that code, then add --trust_remote_code")
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
 
 

@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from goat_ds.errors import ExportError
 from goat_ds.export.checkpoint import Adapter
 from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
+from goat_ds.tuner.authors_code import authors_code, config_as_stored
 from goat_ds.tuner.base_quantization import stored_quantization, unreadable
 
 TOKENIZER_PATTERNS = (
@@ -52,6 +53,11 @@ class Base:
                 way other than bitsandbytes' 4 bits.
         """
         try:
+            if code := authors_code(config_as_stored(str(self.path))):
+                raise ExportError(
+                    f"base ({self.path}) needs code of its author ({code}), and goat_ds runs no code that comes with a "
+                    "model; use --mode adapter"
+                )
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

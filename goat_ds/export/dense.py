@@ -361,7 +361,7 @@ def _judged(
 
 
 def _load_dense(folder: Path, merge: Merge) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=merge.compute_dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=merge.compute_dtype, trust_remote_code=False)
     return model.to(ranks.device()).eval()
 
 

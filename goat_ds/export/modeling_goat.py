@@ -118,7 +118,7 @@ class GoatForCausalLM(PreTrainedModel):
         if cls is not GoatForCausalLM:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path)
+            config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, trust_remote_code=False)
         model_class = goat_class(config.goat["architecture"])
         return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 

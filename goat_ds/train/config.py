@@ -57,6 +57,10 @@ POLYNOMIAL_END = 1e-7
 """Learning rate at the end of transformers' polynomial schedule."""
 
 
+MIN_TIMEOUT_MINUTES, MAX_TIMEOUT_MINUTES = 0.1, 100_000.0
+"""A shorter wait than six seconds would end runs on a busy machine; what libraries count waits in is finite."""
+
+
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -86,7 +90,7 @@ class TrainConfig:
     allow_changed: bool = _flag(False, "resume although settings changed that make it another run; each is told")
     seed: int = _flag(0, "seed of routers, dropout and the order of the data")
     dry_run: bool = _flag(False, "check everything that can be checked without reading weights, then stop")
-    timeout_minutes: float = _flag(30.0, "minutes a rank waits for the others before the run ends")
+    timeout_minutes: float = _flag(30.0, "minutes within which a rank that stops answering ends the run")
     local_rank: int | None = _flag(None, "place of this process on its node, as the deepspeed launcher passes it")
 
     # -- model
@@ -266,8 +270,9 @@ class TrainConfig:
         for name in ("learning_rate", "adam_eps"):
             if not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be above 0"
-        if not self.timeout_minutes >= 1:
-            yield f"timeout_minutes ({self.timeout_minutes}) must be at least 1"
+        if not MIN_TIMEOUT_MINUTES <= self.timeout_minutes <= MAX_TIMEOUT_MINUTES:
+            bounds = f"[{MIN_TIMEOUT_MINUTES}, {MAX_TIMEOUT_MINUTES}]"
+            yield f"timeout_minutes ({self.timeout_minutes}) must be in {bounds}"
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
@@ -319,7 +324,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         f"config: {config_file}: {key} is not a setting; see --help" for key in content if key not in _NAMES
     ]
     mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
-    if mistakes:
+    # With a timeout that is none, ranks could not even meet to look for more.
+    if mistakes or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
         raise ConfigError(*mistakes, *config.problems())
     return config
 
@@ -448,6 +454,11 @@ def ranks_from_environment(config: TrainConfig) -> Ranks:
     return Ranks(
         world_rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), local_rank=int(local_rank)
     )
+
+
+def first_rank_address() -> str:
+    """Give where the first rank is, as the launcher, or before it ``ranks_from_environment``, has said."""
+    return os.environ["MASTER_ADDR"]
 
 
 def world_rank_from_environment() -> int:

@@ -25,8 +25,9 @@ from goat_ds.data import (
     prepare,
 )
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
-from goat_ds.errors import ConfigError, Interrupted, SaveError, TrainingError, told_everywhere
+from goat_ds.errors import ConfigError, Interrupted, SaveError, told_everywhere
 from goat_ds.train.config import OnSaveError, TrainConfig
+from goat_ds.train.health import Health
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import eval_sources, filled_ds_config, model_name, train_sources
@@ -34,11 +35,10 @@ from goat_ds.train.resume import Resumption, set_damaged_aside, settings_of
 from goat_ds.train.signals import Signals
 from goat_ds.tuner.static import static_config
 from goat_ds.zero import checkpoint as checkpoints
+from goat_ds.zero import ds_config, ranks
 from goat_ds.zero import engine as engines
-from goat_ds.zero import ranks
 from goat_ds.zero.checkpoint import Checkpoint, stored_experts
 from goat_ds.zero.decompose import seed_of, start_adapter
-from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.finish import check_enough, finish_densely, tokens_to_fit, train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
 from goat_ds.zero.ranks import Ranks
@@ -51,8 +51,20 @@ class Tokens(NamedTuple):
     packed: Packed
 
 
-def train(resumption: Resumption, processes: Ranks, signals: Signals) -> Path:
+def train(
+    resumption: Resumption,
+    processes: Ranks,
+    signals: Signals,
+    *,
+    step_done: Callable[[int], None] = lambda step: None,
+) -> Path:
     """Train as the settings say. A collective; the settings must have passed ``preflight``.
+
+    Args:
+        resumption: The settings, and where the run begins.
+        processes: Who this process is.
+        signals: What may end it.
+        step_done: Called with every step that is done.
 
     Returns:
         The folder of the last checkpoint.
@@ -85,6 +97,12 @@ def train(resumption: Resumption, processes: Ranks, signals: Signals) -> Path:
         done=done,
         tokens=memory.tokens_done,
     )
+    health = Health(
+        tokens.dataset,
+        processes=processes,
+        precision=config.precision,
+        suspects=ds_config.untried_zero(filled_ds_config(config, processes)),
+    )
     stream = batches(tokens.dataset, plan, world_rank=processes.world_rank)
     if checkpoint and checkpoint.is_routed and done == finish_after:
         engine = finish(engine, stream, done, heldout, config, processes, metrics, num_steps=num_steps)
@@ -109,7 +127,14 @@ def train(resumption: Resumption, processes: Ranks, signals: Signals) -> Path:
             engine.step()
         totals = metrics.finish_step(num_label_tokens=batch.num_label_tokens)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        stop_unless_finite(step, loss=totals.loss, grad_norm=grad_norm, precision=config.precision, saved=saved)
+        health.check(
+            step,
+            loss=totals.loss,
+            grad_norm=grad_norm,
+            applied=engine.was_step_applied(),
+            record_ids=batch.record_ids,
+            saved=saved,
+        )
         last = step == num_steps
         if due(step, config.log_steps, last):
             metrics.record(
@@ -140,6 +165,7 @@ def train(resumption: Resumption, processes: Ranks, signals: Signals) -> Path:
         if step == finish_after:
             engine = finish(engine, stream, step, heldout, config, processes, metrics, num_steps=num_steps)
         metrics.step_done()
+        step_done(step)
 
     metrics.close()
     engines.destroy(engine)
@@ -401,19 +427,6 @@ def evaluate(engine: Any, heldout: Tokens, config: TrainConfig, processes: Ranks
         lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
     engine.train()
     return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)
-
-
-def stop_unless_finite(step: int, *, loss: float, grad_norm: float, precision: Precision, saved: Path | None) -> None:
-    """Stop before weights that are no numbers can be saved; every rank sees the same values.
-
-    Raises:
-        TrainingError: the loss is not finite, or the gradient is not and no loss scaler has skipped the step.
-    """
-    wrong = [f"the loss of step {step} is {loss}"] if not math.isfinite(loss) else []
-    if precision is not Precision.FP16 and not math.isfinite(grad_norm):
-        wrong.append(f"the gradient norm of step {step} is {grad_norm}")
-    if wrong:
-        raise TrainingError(f"{' and '.join(wrong)}; {kept(saved)}")
 
 
 def due(step: int, every: int, last: bool) -> bool:

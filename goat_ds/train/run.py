@@ -8,13 +8,20 @@ import warnings
 from collections.abc import Sequence
 
 from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
-from goat_ds.train.config import TrainConfig, parse, ranks_from_environment, world_rank_from_environment
+from goat_ds.train.config import (
+    TrainConfig,
+    first_rank_address,
+    parse,
+    ranks_from_environment,
+    world_rank_from_environment,
+)
 from goat_ds.train.loop import load_all_tokens, say, train
 from goat_ds.train.preflight import problems
 from goat_ds.train.resume import look
 from goat_ds.train.signals import INTERRUPTED, Signals
 from goat_ds.zero import ds_config, ranks
 from goat_ds.zero.ranks import Ranks
+from goat_ds.zero.watch import Watch, watching
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,7 +38,8 @@ def main(arguments: Sequence[str]) -> None:
         processes = ranks_from_environment(config)
         ranks.join(processes, timeout_minutes=config.timeout_minutes)
         joined = True
-        _check_and_train(config, processes, signals)
+        with watching(processes, address=first_rank_address(), timeout_minutes=config.timeout_minutes) as watch:
+            _check_and_train(config, processes, signals, watch)
     except ConfigError as error:
         # Every rank sees the same command line; what only one rank has found, that one must say.
         if world_rank == 0 or (joined and not error.told_everywhere):
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     ranks.leave()
 
 
-def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals) -> None:
+def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, watch: Watch) -> None:
     resumption = look(config, processes)
     # Files are read by one process a node; what it finds ends all of them.
     ranks.together(lambda: raise_if_any(problems(resumption, processes)) if processes.is_first_on_node else None)
@@ -61,7 +69,7 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals) ->
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
-    saved = train(resumption, processes, signals)
+    saved = train(resumption, processes, signals, step_done=watch.step_done)
     say(processes, f"saved {saved}")
 
 

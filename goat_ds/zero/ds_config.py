@@ -180,15 +180,20 @@ def warnings(ds_config: dict[str, Any]) -> Iterator[str]:
         if _is_on(ds_config[name]):
             yield f"ds_config: {name} has not been tested with goat_ds; compare the first losses with a run without it"
     zero = ds_config.get("zero_optimization", {})
-    for name in UNTRIED_ZERO:
-        if _is_on(zero.get(name, False)):
-            # Reports of a loss of zero and of zero gradients: DeepSpeed issues 5059, 6889.
-            yield (
-                f"ds_config: zero_optimization.{name} ({_shown(zero[name])}) has not been tested with goat_ds; watch "
-                "that loss and grad_norm do not become 0"
-            )
+    for name in untried_zero(ds_config):
+        yield (
+            f"ds_config: zero_optimization.{name} ({_shown(zero[name])}) has not been tested with goat_ds; watch "
+            "that loss and grad_norm do not become 0"
+        )
     if "activation_checkpointing" in ds_config:
         yield "ds_config: activation_checkpointing has no effect on this model; use --gradient_checkpointing"
+
+
+def untried_zero(ds_config: dict[str, Any]) -> list[str]:
+    """Name the switches of zero_optimization that are on and have not been tried with this trainer."""
+    zero = ds_config.get("zero_optimization", {})
+    # Reports of a loss of zero and of zero gradients: DeepSpeed issues 5059, 6889.
+    return [name for name in UNTRIED_ZERO if _is_on(zero.get(name, False))]
 
 
 def _is_on(value: Any) -> bool:

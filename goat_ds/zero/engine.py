@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.tuner.authors_code import authors_code, config_as_stored
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization, unreadable
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import named_experts
@@ -73,9 +74,16 @@ def check_base(model: str, *, max_length: int, tokenizer: PreTrainedTokenizerBas
 
 def _config_of(model: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(model)
+        code = authors_code(config_as_stored(model))
+        config = None if code else AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
+    if code:
+        raise ConfigError(
+            f"model ({model}) needs code of its author ({code}), and goat_ds runs no code that comes with a model; use "
+            "a base whose architecture transformers has itself"
+        )
+    return config
 
 
 class FourBitCheck(NamedTuple):
@@ -159,10 +167,10 @@ def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | N
         ConfigError: the model's config cannot be read, no layer matches, layers are too small or have a size that
             blocks of 4-bit values do not divide.
     """
+    config = _config_of(model)
     try:
-        config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
     unfit = [] if quantization is None else list(quantize.misfits(skeleton, quantization))
@@ -213,7 +221,9 @@ def load_base(
     else:
         # transformers finds it through a weak reference, so it must live as long as the model.
         sharding = HfDeepSpeedConfig(engine_config) if stage == 3 else None
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=str(attention))
+        base = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation=str(attention), trust_remote_code=False
+        )
     base.goat_sharding = sharding
     base.config.use_cache = False
     # from_pretrained gives a model in eval mode, in which transformers neither recomputes activations nor drops out.

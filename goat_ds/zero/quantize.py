@@ -136,7 +136,7 @@ def can_be_mapped(model: str, config: Any, *, dtype: torch.dtype) -> bool:
     if stored_quantization(config) is not None:
         return True
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     assembled = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(skeleton))
     # What the config says of the dtype need not be what the files hold.
     return not assembled and set(_dtypes_on_disk(model)) == {FILE_DTYPES[dtype]}
@@ -180,7 +180,9 @@ def load_mapped(
     """
     # Without a place, transformers would move a quantised base to the GPU, whole.
     place: dict[str, Any] = {} if quantization else {"device_map": {"": "cpu"}}
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention, **place)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **place
+    )
     if not ranks.same_everywhere(_fingerprint(base)):
         raise ConfigError(f"model ({model}) is not the same on every node; copy the same files to all")
     cut = partition.cutter(engine_config, stage=ds_config.stage(engine_config))

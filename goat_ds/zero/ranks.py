@@ -47,13 +47,14 @@ def join(ranks: Ranks, *, timeout_minutes: float) -> None:
 
     Args:
         ranks: Who this process is; the launcher's MASTER_ADDR and MASTER_PORT say where the others are.
-        timeout_minutes: How long a rank waits for the others in any collective before the run ends.
+        timeout_minutes: Within which a rank that stops answering shall end the run; a collective waits a little longer,
+            for what ``zero.watch`` has to say.
     """
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(ranks.local_rank)
     deepspeed.init_distributed(
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(minutes=1.1 * timeout_minutes + 0.2),
         rank=ranks.world_rank,
         world_size=ranks.world_size,
         verbose=False,

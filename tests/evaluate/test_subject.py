@@ -22,6 +22,7 @@ from tests.export.conftest import (
     adapt,
     by_bitsandbytes,
     in_4bit,
+    needing_code,
     store_4bit,
     train,
     write_base,
@@ -129,6 +130,20 @@ def test_a_tokenizer_beside_the_adapter_takes_the_place_of_the_base_one(trained:
     assert found(trained.adapter).tokenizer().eos_token is None
     word_tokenizer().save_pretrained(trained.adapter)
     assert found(trained.adapter).tokenizer().eos_token == "</s>"
+
+
+def test_code_of_an_author_is_not_run_unasked(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
+    needing_code(trained.base, ran=tmp_path / "ran")
+    words = (
+        r"cannot be loaded: it needs code of its author \(auto_map: strange.Model\); .* then add --trust_remote_code"
+    )
+    for path in (trained.base, trained.adapter):
+        with pytest.raises(ConfigError, match=words):
+            found(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_exact_export_is_not_read_without_its_code(tmp_path: Path, trained: Trained) -> None:

@@ -1,6 +1,7 @@
 """Tiny random bases of several architectures, each with a trained-looking adapter on disk."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,15 @@ def adapt(
         finish(routed)
     routed.save_pretrained(adapter)
     return Trained(base=base, adapter=adapter, model=routed)
+
+
+def needing_code(base: Path, ran: Path) -> Path:
+    """Make a base need code of its author, which leaves a file where it runs."""
+    config = json.loads((base / "config.json").read_text())
+    named = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "stranger", "auto_map": named}))
+    (base / "strange.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    return base
 
 
 def become_static(routed: peft.PeftModel) -> None:

@@ -18,7 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export import export_exact
-from tests.export.conftest import ARCHITECTURES, TOKENS, Trained, adapt, become_static, in_4bit, train, write_base
+from tests.export.conftest import (
+    ARCHITECTURES,
+    TOKENS,
+    Trained,
+    adapt,
+    become_static,
+    in_4bit,
+    needing_code,
+    train,
+    write_base,
+)
 
 pytestmark = [
     # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
@@ -347,3 +357,14 @@ def test_tensors_that_are_computed_are_written_one_at_a_time(
     monkeypatch.setattr("goat_ds.export.tensors._read", read)
     export_exact(trained.adapter, output=tmp_path / "out")
     assert len(alive) > 20 and max(alive) <= 2
+
+
+def test_a_base_that_needs_code_of_its_author_is_refused_and_the_code_never_runs(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
+    needing_code(trained.base, ran=tmp_path / "ran")
+    words = r"base \(.*base\) needs code of its author \(auto_map: strange.Model\), .*; use --mode adapter"
+    with pytest.raises(ExportError, match=words):
+        export_exact(trained.adapter, output=tmp_path / "out")
+    assert not (tmp_path / "ran").exists()

@@ -1,5 +1,6 @@
 """Flags and YAML become settings, or one message."""
 
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -208,8 +209,12 @@ def test_a_dense_finish_is_after_the_last_whole_step_of_its_share() -> None:
     assert TrainConfig().finish_after(60) is None
 
 
-def test_a_wait_of_less_than_a_minute_is_refused() -> None:
-    assert problems(timeout_minutes=0.5) == ["timeout_minutes (0.5) must be at least 1"]
+@pytest.mark.parametrize("minutes", [0.05, 1e9, math.nan])
+def test_a_wait_that_is_no_wait_is_refused_before_ranks_meet(minutes: float) -> None:
+    message = f"timeout_minutes ({minutes}) must be in [0.1, 100000.0]"
+    assert problems(timeout_minutes=minutes) == [message]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(["--ds_config", "ds_configs/zero3.json", "--timeout_minutes", str(minutes)])
 
 
 @pytest.mark.parametrize(

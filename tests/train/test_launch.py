@@ -167,15 +167,21 @@ def test_torchrun_and_plain_python_run_the_same_program(run: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_leaves_the_last_checkpoint_whole(
+def test_a_loss_that_is_not_finite_stops_the_run_names_step_and_records_and_leaves_the_last_checkpoint_whole(
     tmp_path: Path,
 ) -> None:
-    # The first step throws the weights far away; the second has no finite loss.
+    data = tmp_path / "three.jsonl"
+    data.write_text("".join(demo.train_data().read_text().splitlines(keepends=True)[:3]))
+    # The first step throws the weights far away; the second has no finite loss. Each sees all records, on two ranks.
     flags = ["--output_dir", str(tmp_path / "run"), "--learning_rate", "1e30", "--save_steps", "1"]
-    done = launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
-    assert done.returncode == 1
+    flags += ["--model", str(demo.base_path()), "--data", str(data), "--micro_batch_size", "2", "--no_packing"]
+    done = deepspeed_launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
+    assert done.returncode != 0
     saved = tmp_path / "run" / "checkpoint-1"
-    assert re.search(rf"the loss of step 2 is (nan|inf).*; the last checkpoint is {saved}", done.stderr), done.stderr
+    words = rf"the loss of step 2 is (?:nan|inf).*; its records: (.*); the last checkpoint before it is {saved}"
+    found = re.search(words, done.stdout + done.stderr)
+    assert found, done.stdout + done.stderr
+    assert sorted(found[1].split(", ")) == [f"{data} line {number}" for number in (1, 2, 3)]
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-1"]
     base = AutoModelForCausalLM.from_pretrained(demo.base_path())
     PeftModel.from_pretrained(base, str(saved / "adapter"))

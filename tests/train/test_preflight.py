@@ -59,6 +59,34 @@ def test_everything_wrong_with_the_base_is_told_at_once(tmp_path: Path) -> None:
         assert sum(words in problem for problem in found) == 1, (words, found)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "model_type": "stranger",
+            "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"},
+        },
+        {"architectures": ["Model"], "auto_map": {"AutoModelForCausalLM": "strange.Model"}},
+    ],
+)
+def test_a_base_that_needs_code_of_its_author_is_refused_and_the_code_never_runs(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_with(tmp_path, **changes)
+    Path(base, "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
+    assert problems(tmp_path, model=base) == [
+        f"model ({base}) needs code of its author (auto_map: strange.Model), and goat_ds runs no code that comes with "
+        "a model; use a base whose architecture transformers has itself"
+    ]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_name_of_code_that_transformers_has_taken_over_is_no_trouble(tmp_path: Path) -> None:
+    base = base_with(tmp_path, auto_map={"AutoModelForCausalLM": "strange.Model"})
+    assert problems(tmp_path, model=base) == []
+
+
 NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
 LLM_INT8 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}}
 
