@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
 from goat_ds.train.config import (
@@ -19,7 +20,7 @@ from goat_ds.train.loop import load_all_tokens, say, train
 from goat_ds.train.preflight import problems
 from goat_ds.train.resume import look
 from goat_ds.train.signals import INTERRUPTED, Signals
-from goat_ds.zero import ds_config, ranks
+from goat_ds.zero import ds_config, nodes, ranks
 from goat_ds.zero.ranks import Ranks
 from goat_ds.zero.watch import Watch, watching
 
@@ -63,14 +64,25 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, wa
     # Files are read by one process a node; what it finds ends all of them.
     ranks.together(lambda: raise_if_any(problems(resumption, processes)) if processes.is_first_on_node else None)
     raw, _ = ds_config.read(str(config.ds_config))
-    say(processes, *(f"warning: {line}" for line in ds_config.warnings(raw)), *resumption.notes)
+    sizes = nodes.ranks_per_node(processes)
+    doubts = [*ds_config.warnings(raw), *ds_config.hpz_warnings(raw, sizes)]
+    say(processes, *(f"warning: {line}" for line in doubts), *resumption.notes)
     if config.dry_run:
         load_all_tokens(config, processes)
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
+    if len(sizes) > 1 and not nodes.is_shared(config.folder, processes):
+        say(processes, f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
     saved = train(resumption, processes, signals, step_done=watch.step_done)
     say(processes, f"saved {saved}")
+
+
+def _unshared(folder: Path, *, num_nodes: int) -> str:
+    return (
+        f"output_dir ({folder}) is not shared by the {num_nodes} nodes: checkpoints are written by the first rank, on "
+        "its node only; --resume asks each node for its newest, so a node that loses its disk loses its checkpoints"
+    )
 
 
 def _end(code: int, world_rank: int) -> None:

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -38,8 +38,7 @@ UNTRIED = frozenset({
 MONITORS = frozenset({"comet", "csv_monitor", "tensorboard", "wandb"})
 """Blocks of what a run's numbers are shown by."""
 
-UNTRIED_ZERO = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
-
+UNTRIED_ZERO = ("zero_quantized_weights", "zero_quantized_gradients")
 
 UNFIT_FOR_4BIT = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
@@ -101,6 +100,9 @@ def _wrong_types(ds_config: dict[str, Any]) -> Iterator[str]:
     if isinstance(zero, dict):
         names = ("offload_optimizer", "offload_param")
         blocks |= {f"zero_optimization.{name}": zero[name] for name in names if name in zero}
+        hpz = zero.get("zero_hpz_partition_size", 1)
+        if type(hpz) is not int or hpz < 0:
+            yield f"ds_config: zero_optimization.zero_hpz_partition_size ({_shown(hpz)}) must be the ranks of a node"
         if type(zero.get("stage", 0)) is not int:
             yield f"ds_config: zero_optimization.stage ({_shown(zero['stage'])}) must be 0, 1, 2 or 3"
     if isinstance(optimizer, dict) and "params" in optimizer:
@@ -219,6 +221,40 @@ def _zero_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Itera
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "nvme":
             yield f"ds_config: zero_optimization.{name}.device (nvme) is not supported; use cpu"
+    yield from _hpz_problems(ds_config, settings)
+
+
+def hpz_size(ds_config: dict[str, Any]) -> int:
+    """Give how many neighbouring ranks hold a second copy of all parameters (ZeRO++'s hpZ); 1: there is none."""
+    # DeepSpeed takes 0 for 1.
+    return max(1, int(ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)))
+
+
+def _hpz_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterator[str]:
+    size = hpz_size(ds_config)
+    named = f"ds_config: zero_optimization.zero_hpz_partition_size ({size})"
+    if size > 1 and stage(ds_config) != 3:
+        yield f"{named} has no effect at stage {stage(ds_config)}; use stage 3, or leave it out"
+    if settings.world_size % size:
+        yield f"{named} must divide the number of ranks ({settings.world_size}); set it to the ranks of one node"
+
+
+def hpz_warnings(ds_config: dict[str, Any], ranks_per_node: Sequence[int]) -> Iterator[str]:
+    """Say, in one line, where a second copy of the parameters does not do what it is for.
+
+    Args:
+        ds_config: Without problems.
+        ranks_per_node: Ranks of every node.
+    """
+    size = hpz_size(ds_config)
+    if size == 1 or set(ranks_per_node) == {size} != {sum(ranks_per_node)}:
+        return
+    named = f"ds_config: zero_optimization.zero_hpz_partition_size ({size})"
+    if len(ranks_per_node) == 1:
+        yield f"{named} holds parameters twice to spare the network between nodes, and there is one node; leave it out"
+    else:
+        counts = ", ".join(map(str, ranks_per_node))
+        yield f"{named} is meant to be the ranks of a node ({counts}), so that backward gathers parameters inside of it"
 
 
 def _unfit_for_4bit(ds_config: dict[str, Any]) -> Iterator[str]:

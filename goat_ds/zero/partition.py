@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from goat_ds.zero import ranks
@@ -28,8 +29,15 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 @contextmanager
 def partitioned_at_birth(ds_config: dict[str, object], *, stage: int) -> Iterator[None]:
     """Shard the parameters of every module built inside, at once, under ZeRO-3; nothing under lower stages."""
-    with deepspeed.zero.Init(config_dict_or_path=ds_config) if stage == 3 else nullcontext():
+    with _init(ds_config) if stage == 3 else nullcontext():
         yield
+
+
+def _init(ds_config: dict[str, object]) -> deepspeed.zero.Init:
+    # With hpZ the first one makes the groups of ranks, and a second one that is not given them would fail.
+    return deepspeed.zero.Init(
+        config_dict_or_path=ds_config, zero_param_parallel_group=groups._get_zero_param_intra_parallel_group()
+    )
 
 
 Cut = Callable[[nn.Parameter, torch.dtype], None]
@@ -44,7 +52,7 @@ def cutter(ds_config: dict[str, object], *, stage: int) -> Cut:
     """
     if stage != 3:
         return _own
-    sharding = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    sharding = _init(ds_config)
 
     def cut(parameter: nn.Parameter, dtype: torch.dtype) -> None:
         sharding._convert_to_deepspeed_param(parameter)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from goat_ds.errors import ConfigError, TrainingError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -104,7 +105,7 @@ def peak_memory_gib() -> float:
     return float(get_accelerator().max_memory_allocated()) / 2**30
 
 
-def union_over_ranks(mine: dict[str, T]) -> dict[str, T]:
+def union_over_ranks(mine: dict[K, T]) -> dict[K, T]:
     """Give every rank what each has under keys of its own. A collective."""
     told: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, mine)

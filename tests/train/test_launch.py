@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_step_and_records_and_leav
     done = deepspeed_launch(*TRAIN, *SHORT, *caches(tmp_path), *flags)
     assert done.returncode != 0
     saved = tmp_path / "run" / "checkpoint-1"
-    words = rf"the loss of step 2 is (?:nan|inf).*; its records: (.*); the last checkpoint before it is {saved}"
+    words = rf"the loss of step 2 is (?:nan|inf).*; records of step 2: (.*); the last checkpoint before it is {saved}"
     found = re.search(words, done.stdout + done.stderr)
     assert found, done.stdout + done.stderr
     assert sorted(found[1].split(", ")) == [f"{data} line {number}" for number in (1, 2, 3)]

@@ -1,0 +1,90 @@
+"""The launch files that are shipped, run as far as one machine can."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.runner import fetch_hostfile
+
+from tests.launching import REPOSITORY, cpu_environment, free_port, losses_of
+from tests.train.test_launch import SHORT, caches, wait_until
+
+FLAGS = ["--ds_config", "ds_configs/zero3.json", *SHORT]
+BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def test_deepspeed_reads_the_hostfile() -> None:
+    assert dict(fetch_hostfile(str(REPOSITORY / "launch" / "hostfile"))) == {"node-1": 8, "node-2": 8}
+
+
+@pytest.mark.slow
+def test_a_node_of_torchrun_trains_and_a_second_start_has_nothing_left_to_do(tmp_path: Path) -> None:
+    environment = cpu_environment(PATH=BIN, FIRST_NODE="localhost", RANKS="2", PORT=str(free_port()))
+    command = ["launch/torchrun_node.sh", *FLAGS, *caches(tmp_path), "--output_dir", str(tmp_path / "run")]
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(losses_of(tmp_path / "run")) == 4
+    assert (tmp_path / "run" / "checkpoint-4" / "adapter").is_dir()
+
+
+def slurm_environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    """Put stand-ins for SLURM's commands first on the path; give the environment of a job of two tasks."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    commands = {
+        "srun": f'exec {sys.executable} {REPOSITORY}/tests/train/fake_srun.py "$@"',
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 && exit\necho scontrol "$@" >> "$SLURM_RECORD"',
+    }
+    for name, line in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "node-1", "SLURM_NTASKS": "2"}
+    return cpu_environment(PATH=f"{tmp_path}/bin:{BIN}", SLURM_RECORD=str(tmp_path / "record"), **job, **more)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "requeued"), [(0, 0, False), (75, 0, True), (2, 2, False), (137, 137, False)]
+)
+def test_slurm_queues_the_job_again_where_it_was_interrupted_and_saved(
+    code: int, expected: int, requeued: bool, tmp_path: Path
+) -> None:
+    environment = slurm_environment(tmp_path, FAKE_CODE=str(code))
+    done = subprocess.run(["launch/slurm.sbatch", "--r", "8"], env=environment, cwd=REPOSITORY, check=False)
+    assert done.returncode == expected
+    record = (tmp_path / "record").read_text()
+    assert record.startswith("srun --kill-on-bad-exit=1 ") and " train --r 8\n" in record
+    assert record.endswith(f"scontrol requeue {environment['SLURM_JOB_ID']}\n") is requeued
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_over_is_saved_queued_again_and_then_goes_on(tmp_path: Path) -> None:
+    environment, run, record = slurm_environment(tmp_path), tmp_path / "run", tmp_path / "record"
+    num_steps = ["--max_steps", "60", "--output_dir", str(run)]
+    command = ["launch/slurm.sbatch", *FLAGS, *caches(tmp_path), *num_steps]
+    for interrupted in (True, False):
+        with (tmp_path / "out").open("a") as out:
+            job = subprocess.Popen(
+                command, env=environment, cwd=REPOSITORY, stdout=out, stderr=out, text=True, start_new_session=True
+            )
+        try:
+            if interrupted:
+                wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) > 2, job)
+                os.kill(srun_of(job.pid), signal.SIGUSR1)
+            assert job.wait(timeout=300) == 0, (tmp_path / "out").read_text()
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+        assert (f"scontrol requeue {environment['SLURM_JOB_ID']}" in record.read_text()) is interrupted
+        assert (run / "checkpoint-60").exists() is not interrupted
+        record.write_text("")
+    assert len(losses_of(run)) == 60
+
+
+def srun_of(script: int) -> int:
+    """Give the process that the job's script waits for."""
+    return int(Path(f"/proc/{script}/task/{script}/children").read_text().split()[-1])

@@ -1,0 +1,82 @@
+"""A run on two hosts: it is the run of one machine, and it survives the loss of one."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import REPOSITORY, cpu_environment, losses_of, run_ranks
+from tests.train.hosts import CABLE, Host, two_hosts, why_not
+from tests.train.test_launch import SHORT, caches, wait_until
+
+FLAGS = ["--ds_config", "ds_configs/zero3.json", *SHORT]
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts that see each other, and the same disk."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with two_hosts() as both:
+        yield both
+
+
+def start(host: Host, flags: list[str], *, nodes: str, log: Path) -> subprocess.Popen[str]:
+    """Start a host's part of a run, one rank, as ``launch/torchrun_node.sh`` does it."""
+    on_the_net = {"GLOO_SOCKET_IFNAME": CABLE, "TP_SOCKET_IFNAME": CABLE}
+    environment = cpu_environment(FIRST_NODE="node-1", NODES=nodes, RANKS="1", PYTHON=sys.executable, **on_the_net)
+    with log.open("w") as out:
+        return subprocess.Popen(
+            host.command(str(REPOSITORY / "launch" / "torchrun_node.sh"), *flags),
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def train_alone(flags: list[str]) -> None:
+    """Make a run of two ranks on this machine, without launcher and network."""
+    run_ranks(["launch/train.py", *flags], world_size=2)
+
+
+def same_but(flags: list[str], tmp_path: Path, name: str) -> list[str]:
+    return [*FLAGS, *caches(tmp_path), *flags, "--output_dir", str(tmp_path / name)]
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_machine_with_as_many_ranks(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    train_alone(same_but([], tmp_path, "one"))
+    logs = [tmp_path / f"{host.name}.log" for host in hosts]
+    flags = same_but([], tmp_path, "two")
+    running = [start(host, flags, nodes="2", log=log) for host, log in zip(hosts, logs, strict=True)]
+    codes = [process.wait(timeout=300) for process in running]
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_where_one_host_is_lost(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    settings = ["--max_steps", "400", "--save_steps", "20", "--learning_rate", "1e-4", "--timeout_minutes", "1"]
+    train_alone(same_but(settings, tmp_path, "whole"))
+    run, logs = tmp_path / "lost", [tmp_path / f"{host.name}.log" for host in hosts]
+    flags = same_but(settings, tmp_path, "lost")
+    survivor, _ = (start(host, flags, nodes="1:2", log=log) for host, log in zip(hosts, logs, strict=True))
+    wait_until(lambda: (run / "checkpoint-40").exists(), survivor)
+    hosts[1].unplug()
+    assert not (run / "checkpoint-400").exists()
+    assert survivor.wait(timeout=400) == 0, logs[0].read_text()
+    final = [load_adapter(folder) for folder in (run, tmp_path / "whole")]
+    assert final[0].keys() == final[1].keys()
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(tensor, final[1][name], rtol=1e-4, atol=1e-5)
+
+
+def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint-400" / "adapter" / "adapter_model.safetensors")
