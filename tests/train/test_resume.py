@@ -1,6 +1,5 @@
-"""Resumed equals uninterrupted: bit for bit on the same ranks and stage, to rounding on others."""
+"""Resumed equals uninterrupted, bit for bit, on the same ranks and under the same stage."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.launching import losses_of, metrics_of, run_many
 
-NUM_STEPS, MIDDLE = 8, 4
+NUM_STEPS, MIDDLE = 6, 3
 COMMON = {
     "max_steps": str(NUM_STEPS),
     "save_steps": str(MIDDLE),
@@ -33,11 +32,11 @@ SAME: dict[str, dict[str, str]] = {
     "offload bf16": {"ds_config": "ds_configs/zero3_offload.json"} | BF16,
     "zero3 4-bit": ZERO3 | BF16 | FOUR_BIT,
     "zero3 fold": ZERO3 | FP32 | {"residual": "fold"},
-    "zero3 GOAT-s, one expert at the start": ZERO3 | FP32 | {"adaptive_scale": "true"},
+    "zero3 GOAT-s": ZERO3 | FP32 | {"adaptive_scale": "true"},
     "zero3 reentrant": ZERO3 | BF16 | {"gradient_checkpointing": "reentrant"},
-    "dense before": ZERO3 | BF16 | {"dense_finish": "0.25", "max_length": "256"},
+    "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"},
     "dense just then": ZERO3 | BF16 | {"dense_finish": "0.5", "max_length": "256"},
-    "dense later": ZERO3 | FP32 | {"dense_finish": "0.75", "max_length": "256"},
+    "dense later": ZERO3 | FP32 | {"dense_finish": "0.67", "max_length": "256"},
 }
 
 
@@ -101,36 +100,3 @@ def test_a_checkpoint_is_small_and_holds_no_frozen_weight(runs: Path) -> None:
         tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
         trained = sum(t.numel() for key, t in tensors.items() if key.rpartition("goat_")[2] in ("A", "B", "router"))
         assert sum(sizes.values()) - sample <= 1.02 * (12 * trained + adapter)
-
-
-CHANGED: dict[str, dict[str, str]] = {
-    "zero3 to zero2": {"ds_config": "ds_configs/zero2.json"},
-    "zero3 to offload": {"ds_config": "ds_configs/zero3_offload.json"},
-    "zero3 to eager": {"attn": "eager"},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_other_ranks_and_stages_go_on_to_rounding_and_see_the_same_records(
-    runs: Path, tmp_path: Path, world_size: int
-) -> None:
-    # Dropout is another one on other ranks.
-    whole = {"zero3 fp32": ZERO3 | FP32, "zero3 bf16": ZERO3 | BF16, "zero3 4-bit": ZERO3 | BF16 | FOUR_BIT}
-    plain = {name: settings | {"dropout": "0"} for name, settings in whole.items()}
-    run_many([flags_of(tmp_path / name, settings) for name, settings in plain.items()], world_size=2, folder=tmp_path)
-    command_lines, names = [], []
-    for name, settings in plain.items():
-        for change, changed in CHANGED.items():
-            folder = interrupted_copy(tmp_path / name, tmp_path / f"{name} {change}")
-            command_lines.append([*flags_of(folder, settings | changed), "--resume", "auto"])
-            names.append((name, folder))
-    run_many(command_lines, world_size=world_size, folder=tmp_path / "again")
-    for name, folder in names:
-        bound = 1e-5 if name == "zero3 fp32" else 2e-2
-        assert losses_of(folder) == pytest.approx(losses_of(tmp_path / name), rel=bound), folder.name
-        assert [line.get("tokens") for line in metrics_of(folder)] == [
-            line.get("tokens") for line in metrics_of(tmp_path / name)
-        ]
-        about = json.loads((folder / f"checkpoint-{NUM_STEPS}" / "run.json").read_text())
-        assert about["run"]["global_batch_size"] == 2
