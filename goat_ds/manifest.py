@@ -17,8 +17,13 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": listed}, indent=2))
 
 
-def damages(folder: Path) -> Iterator[str]:
-    """Say, one line each, what is not as the manifest has it; files that it does not name are not looked at."""
+def damages(folder: Path, *, below: str = "") -> Iterator[str]:
+    """Say, one line each, what is not as the manifest has it; files that it does not name are not looked at.
+
+    Args:
+        folder: With its manifest.
+        below: A folder in it, to look at that alone.
+    """
     path = folder / MANIFEST_NAME
     try:
         listed = [(name, int(file["bytes"]), str(file["sha256"])) for name, file in _files(path).items()]
@@ -29,7 +34,8 @@ def damages(folder: Path) -> Iterator[str]:
         yield f"{path} is damaged: it does not list files with bytes and sha256"
         return
     for name, num_bytes, digest in listed:
-        yield from _damages_of(folder / name, num_bytes, digest)
+        if Path(name).is_relative_to(below):
+            yield from _damages_of(folder / name, num_bytes, digest)
 
 
 def _files(manifest: Path) -> dict[str, dict[str, int | str]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export.tensors import StoredTensor, stored_tensors
+from goat_ds.manifest import MANIFEST_NAME, damages
 from goat_ds.method.scaling import expert_scale
 from goat_ds.method.spectrum import Factors, add_residual_
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -104,6 +105,8 @@ def read_adapter(checkpoint: Path) -> Adapter:
         ExportError: the adapter is not one of GOAT, or not whole: every problem at once.
     """
     path = find_adapter(checkpoint)
+    if (path.parent / MANIFEST_NAME).is_file() and (found := list(damages(path.parent, below=path.name))):
+        raise ExportError("\n".join(found))
     config = _read_config(path / CONFIG_NAME)
     if not (path / WEIGHTS_NAME).is_file():
         raise ExportError(f"{path} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
@@ -120,7 +123,8 @@ def find_adapter(checkpoint: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    newest_first = sorted(checkpoint.glob("checkpoint-*"), key=lambda path: _step(path) or -1, reverse=True)
+    steps = {path: step for path in checkpoint.glob("checkpoint-*") if (step := _step(path)) is not None}
+    newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
     for folder in (checkpoint, checkpoint / "adapter", *(path / "adapter" for path in newest_first)):
         if (folder / CONFIG_NAME).is_file():
             return folder.resolve()

@@ -26,17 +26,13 @@ FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
 FOUR_BIT = {"load_in_4bit": "true"}
 SAME: dict[str, dict[str, str]] = {
     "zero3 bf16": ZERO3 | BF16,
-    "zero3 fp32, accumulated": ZERO3 | FP32 | {"grad_accum_steps": "2"},
+    "zero3 fp32 GOAT-s, reentrant": ZERO3 | FP32 | {"adaptive_scale": "true", "gradient_checkpointing": "reentrant"},
     "zero2 bf16": {"ds_config": "ds_configs/zero2.json"} | BF16,
-    "zero1 fp32": {"ds_config": "ds_configs/zero1.json"} | FP32,
+    "zero1 fp32, accumulated": {"ds_config": "ds_configs/zero1.json"} | FP32 | {"grad_accum_steps": "2"},
     "offload bf16": {"ds_config": "ds_configs/zero3_offload.json"} | BF16,
-    "zero3 4-bit": ZERO3 | BF16 | FOUR_BIT,
-    "zero3 fold": ZERO3 | FP32 | {"residual": "fold"},
-    "zero3 GOAT-s": ZERO3 | FP32 | {"adaptive_scale": "true"},
-    "zero3 reentrant": ZERO3 | BF16 | {"gradient_checkpointing": "reentrant"},
+    "zero3 4-bit, folded": ZERO3 | BF16 | FOUR_BIT | {"residual": "fold"},
     "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"},
-    "dense just then": ZERO3 | BF16 | {"dense_finish": "0.5", "max_length": "256"},
-    "dense later": ZERO3 | FP32 | {"dense_finish": "0.67", "max_length": "256"},
+    "dense just then": ZERO3 | FP32 | {"dense_finish": "0.5", "max_length": "256"},
 }
 
 

@@ -1,0 +1,116 @@
+"""What a resumed run may change, what becomes of the packs of a step, and of lines that will be written again."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from goat_ds.errors import ConfigError
+from goat_ds.train import resume
+from goat_ds.train.config import TrainConfig, parse
+from goat_ds.train.metrics import _set_redone_aside
+from goat_ds.zero.checkpoint import Checkpoint, keep_newest
+from goat_ds.zero.ranks import Ranks
+
+BEGUN = TrainConfig(ds_config="ds_configs/zero3.json", output_dir="runs/a", grad_accum_steps=2, resume="auto")
+
+
+def ranks_of(world_size: int) -> Ranks:
+    return Ranks(world_rank=0, world_size=world_size, local_rank=0)
+
+
+def checkpoint(global_batch_size: int = 4) -> Checkpoint:
+    run: dict[str, Any] = {"settings": resume.settings_of(BEGUN), "global_batch_size": global_batch_size}
+    return Checkpoint(Path("runs/a/checkpoint-5"), 0, 5, {}, run, {}, {})
+
+
+def look(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, *, world_size: int) -> resume.Resumption:
+    monkeypatch.setattr(resume, "newest_whole", lambda folder, processes: (checkpoint(), {}))
+    return resume.look(config, ranks_of(world_size))
+
+
+def test_settings_that_make_another_run_are_told_by_name_all_at_once() -> None:
+    changed = dataclasses.replace(
+        BEGUN, r=64, seed=1, learning_rate=1e-3, save_steps=7, ds_config="ds_configs/zero2.json"
+    )
+    told = list(resume.changes(changed, resume.settings_of(BEGUN)))
+    assert [line.split(" was ")[0] for line in told] == ["seed (1)", "r (64)", "learning_rate (0.001)"]
+    assert all("--allow_changed" in line for line in told)
+
+
+def test_every_setting_is_either_free_or_held() -> None:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= resume.FREE
+    for name in names - resume.FREE:
+        settings = resume.settings_of(BEGUN) | {name: "another"}
+        assert [line.split()[0] for line in resume.changes(BEGUN, settings)] == [name]
+
+
+@pytest.mark.parametrize(("world_size", "grad_accum_steps"), [(1, 4), (2, 2), (3, 2), (4, 1), (8, 1)])
+def test_a_step_keeps_its_packs_on_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, grad_accum_steps: int
+) -> None:
+    found = look(monkeypatch, BEGUN, world_size=world_size)
+    assert found.problems == []
+    assert (found.global_batch_size, found.config.grad_accum_steps) == (4, grad_accum_steps)
+    assert bool(found.notes) == (grad_accum_steps != 2)
+
+
+def test_flags_that_fit_the_packs_of_a_step_are_taken_and_others_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitting = dataclasses.replace(BEGUN, micro_batch_size=2, grad_accum_steps=1)
+    found = look(monkeypatch, fitting, world_size=2)
+    assert (found.problems, found.notes, found.config) == ([], [], fitting)
+    other = dataclasses.replace(BEGUN, grad_accum_steps=3)
+    (problem,) = look(monkeypatch, other, world_size=2).problems
+    assert problem.startswith("grad_accum_steps (3) x micro_batch_size (1) x ranks (2) makes a step of 6 packs, and")
+    assert "use grad_accum_steps 2" in problem
+    allowed = look(monkeypatch, dataclasses.replace(other, allow_changed=True), world_size=2)
+    assert (allowed.problems, allowed.global_batch_size, allowed.config.grad_accum_steps) == ([], 6, 3)
+    (note,) = allowed.notes
+    assert note.startswith("resume: changed: grad_accum_steps (3)")
+
+
+def test_allow_changed_without_resume_is_told() -> None:
+    with pytest.raises(ConfigError, match="allow_changed has no effect without resume"):
+        parse(["--allow_changed"])
+
+
+def test_lines_that_will_be_written_again_are_set_aside_and_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    _set_redone_aside(path, done=2)
+    assert path.read_text().splitlines() == lines[:2]
+    assert (tmp_path / "metrics.redone.jsonl").read_text().splitlines() == [*lines[2:], '{"step": 5, "lo']
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.redone.jsonl"]
+
+
+def test_what_a_dense_finish_wrote_after_its_checkpoint_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(line) for line in ({"step": 2}, {"step": 2, "dense_finish": {}}, {"step": 2, "eval_loss": 1.0})]
+    path.write_text("\n".join(lines) + "\n")
+    _set_redone_aside(path, done=2)
+    assert path.read_text().splitlines() == lines[:1]
+
+
+def test_a_line_without_its_end_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    _set_redone_aside(path, done=2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_newest_the_best_and_the_last_routed_checkpoint_are_kept(tmp_path: Path) -> None:
+    losses = {10: 0.9, 20: 0.3, 30: 0.5, 40: None, 50: 0.4, 60: 0.45}
+    for step, loss in losses.items():
+        (tmp_path / f"checkpoint-{step}" / "adapter").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "run.json").write_text(json.dumps({"run": {"eval_loss": loss}}))
+        config = tmp_path / f"checkpoint-{step}" / "adapter" / "adapter_config.json"
+        config.write_text(json.dumps({"routed": step <= 30}))
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "notes").write_text("the user's own")
+    keep_newest(tmp_path, 2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["checkpoint-20", "checkpoint-30", "checkpoint-5", "checkpoint-50", "checkpoint-60"]
