@@ -7,13 +7,14 @@ Nearly all of a start is imports. A *nursery* is a process that has done them an
         run.kill(1, signal.SIGTERM)
         assert run.wait() == [75, 75]
 
-A *crash plan* lets a rank die by SIGKILL of itself at an exact instant inside a save: at the k-th time that it touches a
-folder whose name starts with ``.checkpoint-`` (opens, makes, renames, deletes, or has the disk keep something in it).
+A *crash plan* lets a rank die by SIGKILL of itself at an exact instant inside a save: when it is about to touch for
+the k-th time (open, make, rename, delete, have the disk keep) something in a folder named ``.checkpoint-…``.
 The nursery computes nothing, so it has one thread and no process group when it forks. It and all it has started end
 with the test process.
 """
 
 import ctypes
+import gc
 import json
 import os
 import random
@@ -30,7 +31,9 @@ from tests.launching import REPOSITORY, cpu_environment, free_port
 
 TEMPORARY = ".checkpoint-"
 """How the names of folders begin that a checkpoint is written to."""
-CRASH_FILE = "crash.json"
+TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+"""Audit events of Python that count, beside ``os.fsync``, which raises none."""
+TOUCHES_FILE = "touches.jsonl"
 ALLOCATOR = "jemalloc_bg_thd"
 """Thread that pyarrow's allocator keeps and, by itself, starts again in a fork."""
 SLOWNESS = 0.02
@@ -39,16 +42,18 @@ SLOWNESS = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class CrashPlan:
-    """What a rank does when it has touched the temporary folder of a checkpoint for the ``at``-th time.
+    """What a rank does to itself when it is about to touch a folder for the ``at``-th time.
 
     Touches are counted over the life of the process. ``at=0`` never comes: such a plan only counts.
     """
 
     at: int
     rank: int = 0
-    signal: int = signal.SIGKILL
+    signal: int | None = signal.SIGKILL
     pause: float = 0.0
     """Seconds that this touch lasts, after the signal."""
+    prefix: str = TEMPORARY
+    """How the name of the folder begins."""
 
 
 class Run:
@@ -103,8 +108,8 @@ class Run:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.txt")))
 
     def touches(self) -> list[str]:
-        """List what a rank with a crash plan has done to temporary folders, the touch it died of last."""
-        path = self.folder / CRASH_FILE
+        """List what a rank with a crash plan has done to the folders, the touch it died of last."""
+        path = self.folder / TOUCHES_FILE
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -185,6 +190,8 @@ def serve() -> None:
     os.dup2(2, 1)
     _end_with_parent()
     _import_everything()
+    # What the ranks collect is what they have made themselves, and not all these modules each time.
+    gc.freeze()
     assert _threads() <= {"python", ALLOCATOR}, f"a fork would lose threads: {_threads()}"
     children: set[int] = set()
     for line in sys.stdin:
@@ -246,7 +253,7 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], printed: Path,
             os.dup2(source, target)
         _draw_other_numbers()
         if crash:
-            _watch_saves(crash, printed / CRASH_FILE)
+            _watch_folders(crash, printed / TOUCHES_FILE)
         from goat_ds.train.run import main
 
         main(arguments)
@@ -271,8 +278,8 @@ def _draw_other_numbers() -> None:
     torch.set_num_threads(1)
 
 
-def _watch_saves(plan: CrashPlan, told: Path) -> None:
-    """Count what this process does to temporary folders; act as planned just before it is done."""
+def _watch_folders(plan: CrashPlan, told: Path) -> None:
+    """Count what this process does to the folders of a plan; act as planned just before it is done."""
     record = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     num_touches = 0
 
@@ -281,18 +288,19 @@ def _watch_saves(plan: CrashPlan, told: Path) -> None:
         num_touches += 1
         os.write(record, (json.dumps(f"{event} {path}") + "\n").encode())
         if num_touches == plan.at:
-            os.kill(os.getpid(), plan.signal)
+            if plan.signal is not None:
+                os.kill(os.getpid(), plan.signal)
             time.sleep(plan.pause)
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and _is_temporary(arguments[0]):
+        if event in TOUCHES and _is_within(arguments[0], plan.prefix):
             touch(event, os.fsdecode(arguments[0]))  # type: ignore[arg-type]
 
     sync = os.fsync
 
     def fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if _is_temporary(path):
+        if _is_within(path, plan.prefix):
             touch("os.fsync", path)
         sync(descriptor)
 
@@ -300,10 +308,10 @@ def _watch_saves(plan: CrashPlan, told: Path) -> None:
     os.fsync = fsync
 
 
-def _is_temporary(path: object) -> bool:
+def _is_within(path: object, prefix: str) -> bool:
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
-    return any(part.startswith(TEMPORARY) for part in Path(os.fsdecode(path)).parts)
+    return any(part.startswith(prefix) for part in Path(os.fsdecode(path)).parts)
 
 
 if __name__ == "__main__":
