@@ -77,7 +77,7 @@ class Run:
         for rank in range(len(self.pids)):
             self.kill(rank, number)
 
-    def wait(self, *, seconds: float = 60) -> list[int]:
+    def wait(self, *, seconds: float = 300) -> list[int]:
         """Wait for the end of all ranks, as a launcher would: where one has failed, the others get a moment and end.
 
         Returns:
@@ -95,7 +95,7 @@ class Run:
             time.sleep(SLOWNESS)
         return [code for code in codes if code is not None]
 
-    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 300) -> None:
         """Wait for something to become true while all ranks are running."""
         began = time.monotonic()
         while not condition():

@@ -30,7 +30,7 @@ NEWEST, BEFORE = "checkpoint-4", "checkpoint-2"
 SHORT = {"max_steps": "4"}
 STATE = "state-00001.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
-FILES = (ADAPTER, "adapter/adapter_config.json", "calibration.safetensors", STATE, "run.json", MANIFEST_NAME)
+FILES = (ADAPTER, "adapter/adapter_config.json", "calibration.safetensors", STATE, "run.json")
 DISK_MIB = 16
 
 
@@ -168,6 +168,8 @@ def of_another_format(checkpoint: Path) -> None:
 # By what is done: what does it, and what must be told of it.
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     **{f"a bit of {name}": (flip(name), f"{name} is damaged") for name in FILES},
+    # In the middle of the manifest stands a size or a hash of some file.
+    "a bit of the manifest": (flip(MANIFEST_NAME), rf"{MANIFEST_NAME}"),
     "a manifest that is no list": (lambda c: (c / MANIFEST_NAME).write_text("[]"), f"{MANIFEST_NAME} is damaged"),
     "no manifest": (lambda c: (c / MANIFEST_NAME).unlink(), f"{MANIFEST_NAME} cannot be read"),
     "no adapter": (lambda c: (c / ADAPTER).unlink(), f"{ADAPTER} is missing"),
