@@ -2,7 +2,7 @@
 
 import os
 import signal
-from types import FrameType
+import threading
 
 from goat_ds.zero import ranks
 
@@ -26,15 +26,27 @@ class Signals:
 
     def listen(self) -> None:
         """Take the signals from here on."""
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        # Python runs handlers on the main thread between two of its instructions, and a rank may wait for the others
+        # in a collective for long. The numbers of all signals come through the pipe at once.
+        signal.set_wakeup_fd(told)
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
 
     def asked(self) -> str | None:
         """Give the name of a signal that some rank has received, or None. A collective."""
         received = ranks.max_over_ranks(float(self._received or 0))
         return signal.Signals(int(received)).name if received else None
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def _hear(self, heard: int) -> None:
+        while numbers := os.read(heard, 1):
+            self._receive(numbers[0])
+
+    def _receive(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGUSR1):
+            return
         if number == signal.SIGTERM and self._terminated:
             os._exit(KILLED)
         self._terminated |= number == signal.SIGTERM
