@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 from goat_ds.zero import ranks
 
@@ -10,6 +11,8 @@ INTERRUPTED = 75
 """Exit code of a run that a signal has ended and that can be started again (EX_TEMPFAIL of sysexits.h)."""
 KILLED = 128 + signal.SIGTERM
 """Exit code of a run that left at once."""
+ECHO_S = 1.0
+"""Seconds within which a SIGTERM is the same again: a cluster sends one to every process, and launchers pass it on."""
 
 
 class Signals:
@@ -22,7 +25,7 @@ class Signals:
     def __init__(self) -> None:
         self.saves = False
         self._received: signal.Signals | None = None
-        self._terminated = False
+        self._terminated_at: float | None = None
 
     def listen(self) -> None:
         """Take the signals from here on."""
@@ -47,9 +50,11 @@ class Signals:
     def _receive(self, number: int) -> None:
         if number not in (signal.SIGTERM, signal.SIGUSR1):
             return
-        if number == signal.SIGTERM and self._terminated:
-            os._exit(KILLED)
-        self._terminated |= number == signal.SIGTERM
+        if number == signal.SIGTERM:
+            now = time.monotonic()
+            if self._terminated_at is not None and now - self._terminated_at > ECHO_S:
+                os._exit(KILLED)
+            self._terminated_at = self._terminated_at or now
         self._received = signal.Signals(number)
         if not self.saves:
             os._exit(INTERRUPTED)

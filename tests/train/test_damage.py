@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from goat_ds.manifest import MANIFEST_NAME, write_manifest
 from safetensors.torch import load_file, save_file
 
+from goat_ds.manifest import MANIFEST_NAME, write_manifest
 from tests.forked_ranks import TEMPORARY, CrashPlan
 from tests.train.faults import (
     DAMAGED,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from goat_ds.train.signals import ECHO_S
 from tests.forked_ranks import CrashPlan
 from tests.launching import REPOSITORY
 from tests.train.faults import (
@@ -142,6 +143,9 @@ def test_a_second_sigterm_ends_a_slow_save_at_once_and_every_checkpoint_is_whole
     run.wait_until(lambda: len(run.touches()) == uninterrupted.touches + 5)
     run.kill_all(signal.SIGTERM)
     time.sleep(0.2)
+    # A launcher passes on what the cluster has sent to every process.
+    run.kill_all(signal.SIGTERM)
+    time.sleep(ECHO_S)
     assert run.codes() == [None, None]
     run.kill_all(signal.SIGTERM)
     assert run.wait(seconds=10) == [143, 143], run.output()
