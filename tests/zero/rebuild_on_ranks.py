@@ -12,6 +12,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from transformers import get_scheduler
 
@@ -22,6 +23,7 @@ from goat_ds.train.objective import objective
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.zero import engine as engines
 from goat_ds.zero import ranks
+from goat_ds.zero.checkpoint import save_checkpoint
 from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
 from goat_ds.zero.ranks import Ranks
 
@@ -52,6 +54,7 @@ def compare(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
     told["round_trip"] = equal(before, interrupted.states())
     told["interrupted"] += interrupted.train(MIDDLE, NUM_STEPS)
     told["same_end"] = equal(expected, interrupted.states())
+    told["gathered_to_save"] = interrupted.gathered_to_save()
     engines.destroy(interrupted.engine)
     return told
 
@@ -93,6 +96,25 @@ class Run:
         """Read the state of everything that trains."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: read_state(self.engine, parameter) for name, parameter in trained.items()}
+
+    def gathered_to_save(self) -> list[str]:
+        """Save a checkpoint; name every parameter that ZeRO-3 gathered for it."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        gathered: list[str] = []
+        enter = deepspeed.zero.GatheredParameters.__enter__
+
+        def recorded(context: Any) -> Any:
+            gathered.extend(names[id(parameter)] for parameter in getattr(context, "params", []))
+            return enter(context)
+
+        deepspeed.zero.GatheredParameters.__enter__ = recorded
+        try:
+            self.config.folder.mkdir(parents=True, exist_ok=True)
+            ranks.together(lambda: None)
+            save_checkpoint(self.engine, output_dir=self.config.folder, step=NUM_STEPS, processes=self.processes)
+        finally:
+            deepspeed.zero.GatheredParameters.__enter__ = enter
+        return gathered
 
     def change_engine(self, states: dict[str, TensorState]) -> bool:
         """Give the model to a new engine and that the states; say whether the old optimizer was freed before."""

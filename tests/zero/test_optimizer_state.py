@@ -49,3 +49,5 @@ def test_training_goes_on_bit_for_bit_in_another_engine(name: str, told: dict[st
         assert rank["interrupted"] == rank["uninterrupted"]
         assert rank["same_end"]
         assert rank["freed"], "the old optimizer would double the memory of the run"
+        assert all("goat_experts" in parameter for parameter in rank["gathered_to_save"])
+        assert bool(rank["gathered_to_save"]) == name.startswith("zero3")
