@@ -13,6 +13,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Ranks that are started again meet at a store of their own. At the one that torchrun keeps for all starts they may find
+# the addresses of the ranks before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # The "--" before the script: torchrun takes --r for an abbreviation of its own flags.
 # Without --signals-to-handle, SIGUSR1 would end torchrun and leave its ranks behind.
 exec "${PYTHON:-python}" -m torch.distributed.run \

@@ -20,17 +20,33 @@ def test_deepspeed_reads_the_hostfile() -> None:
     assert dict(fetch_hostfile(str(REPOSITORY / "launch" / "hostfile"))) == {"node-1": 8, "node-2": 8}
 
 
+def torchrun_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Have one node with two ranks make a run."""
+    return subprocess.run(
+        ["launch/torchrun_node.sh", *FLAGS, *flags],
+        env=cpu_environment(PATH=BIN, FIRST_NODE="localhost", RANKS="2", PORT=str(free_port()), **environment),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.mark.slow
-def test_a_node_of_torchrun_trains_and_a_second_start_has_nothing_left_to_do(tmp_path: Path) -> None:
-    environment = cpu_environment(PATH=BIN, FIRST_NODE="localhost", RANKS="2", PORT=str(free_port()))
-    command = ["launch/torchrun_node.sh", *FLAGS, *caches(tmp_path), "--output_dir", str(tmp_path / "run")]
-    for _ in range(2):
-        done = subprocess.run(
-            command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert len(losses_of(tmp_path / "run")) == 4
-    assert (tmp_path / "run" / "checkpoint-4" / "adapter").is_dir()
+def test_a_node_of_torchrun_trains(tmp_path: Path) -> None:
+    done = torchrun_node(*caches(tmp_path), "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert len(losses_of(tmp_path / "run")) == 4
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_find_each_other_every_time(tmp_path: Path) -> None:
+    # Bad input is found by all of them together, after they have met.
+    flags = [*caches(tmp_path), "--output_dir", str(tmp_path / "run"), "--max_length", "3"]
+    done = torchrun_node(*flags, RESTARTS="4")
+    assert done.returncode == 1
+    assert done.stderr.count("no record is left to train on") == 5, done.stderr
 
 
 def slurm_environment(tmp_path: Path, **more: str) -> dict[str, str]:

@@ -57,6 +57,10 @@ def test_a_missing_file_and_bad_json_are_named(tmp_path: Path) -> None:
     assert "bad.json line 3: not JSON" in problem
 
 
+def hpz(size: Any, *, stage: int = 3) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -73,6 +77,9 @@ def test_a_missing_file_and_bad_json_are_named(tmp_path: Path) -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device (nvme) is not"),
         ({"gradient_cliping": 1.0}, "gradient_cliping is not a key of DeepSpeed's; did you mean gradient_clipping?"),
         ({"bfloat16": {"enabled": True}}, "bfloat16 is not a key of DeepSpeed's; did you mean bf16?"),
+        (hpz(3), "zero_hpz_partition_size (3) must divide the number of ranks (2); set it to the ranks of one node"),
+        (hpz(4), "zero_hpz_partition_size (4) must divide the number of ranks (2)"),
+        (hpz(2, stage=2), "zero_hpz_partition_size (2) has no effect at stage 2; use stage 3, or leave it out"),
         ({"xyzzy": 1}, "xyzzy is not a key of DeepSpeed's; leave it out"),
     ],
 )
@@ -94,6 +101,8 @@ def test_no_sharding_in_fp32_is_refused_for_it_has_no_gradient_norm() -> None:
         ({"zero_optimization": 3}, "zero_optimization (3) must be a JSON object"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage ("auto") must be 0, 1, 2 or 3'),
         ({"zero_optimization": {"offload_param": "cpu"}}, 'zero_optimization.offload_param ("cpu") must be'),
+        (hpz("auto"), 'zero_hpz_partition_size ("auto") must be the ranks of a node'),
+        (hpz(-2), "zero_hpz_partition_size (-2) must be the ranks of a node"),
         ({"optimizer": {"params": []}}, "optimizer.params ([]) must be a JSON object"),
     ],
 )
@@ -113,12 +122,33 @@ def test_the_known_keys_are_those_that_deepspeed_knows() -> None:
 
 
 def test_what_has_not_been_tried_is_allowed_and_told() -> None:
-    zero = {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True}
+    zero = {"stage": 3, "zero_quantized_gradients": True, "zero_quantized_weights": True}
     config = {"zero_optimization": zero, "torch_autocast": {"enabled": True}, "activation_checkpointing": {}}
     assert not problems(config)
     assert [warning.split()[1] for warning in ds_config.warnings(config)] == [
-        "torch_autocast", "zero_optimization.zero_hpz_partition_size", "zero_optimization.zero_quantized_weights",
+        "torch_autocast", "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients",
         "activation_checkpointing",
     ]  # fmt: skip
     quiet = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}, "torch_autocast": {"enabled": False}}
     assert not list(ds_config.warnings(quiet))
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks_per_node", "expected"),
+    [
+        (8, [8, 8], None),
+        (1, [8], None),
+        (0, [8, 4], None),
+        (8, [8], "(8) holds parameters twice to spare the network between nodes, and there is one node; leave it out"),
+        (4, [8, 8], "(4) is meant to be the ranks of a node (8, 8), so that backward gathers parameters inside of it"),
+        (4, [8, 4], "(4) is meant to be the ranks of a node (8, 4)"),
+        (16, [8, 8], "(16) is meant to be the ranks of a node (8, 8)"),
+    ],
+)
+def test_a_second_copy_of_parameters_that_is_not_a_nodes_own_is_told(
+    size: int, ranks_per_node: list[int], expected: str | None
+) -> None:
+    assert not problems(hpz(size), world_size=sum(ranks_per_node))
+    told = list(ds_config.hpz_warnings(hpz(size), ranks_per_node))
+    assert len(told) == (expected is not None)
+    assert all(expected is not None and expected in line for line in told)

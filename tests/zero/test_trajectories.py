@@ -1,6 +1,7 @@
 """Sharded equals whole: the same global batches give the same losses on any ranks, stage and accumulation."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from goat_ds import demo
 from goat_ds.train.config import parse
-from tests.launching import losses_of, metrics_of, run_many
+from tests.launching import REPOSITORY, losses_of, metrics_of, run_many
 from tests.zero.plain_torch import COMMON, NUM_STEPS, TWO_IN_ONE_STEP, ZERO3, first_step, start_as_the_run_did
 
 # All of them train on the same two packs a step.
@@ -140,3 +141,15 @@ def test_every_logged_step_has_the_promised_fields(folders: dict[str, Path]) -> 
     promised = {"step", "loss", "balance_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_mem_gib"}
     assert all(promised <= line.keys() for line in lines)
     assert all(line["balance_loss"] >= 0.5 and line["grad_norm"] > 0 and line["tokens"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_second_copies_of_parameters_on_two_nodes_of_two_ranks_change_no_loss(tmp_path: Path) -> None:
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    variants = {"one": ZERO3, "two": {"ds_config": str(tmp_path / "hpz.json")}}
+    for name, settings in variants.items():
+        # Of a process group DeepSpeed divides the ranks once and for all.
+        run_many([flags_of(tmp_path / name, settings | {"max_steps": "6"})], world_size=4, folder=tmp_path / "lists")
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-6)
