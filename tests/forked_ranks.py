@@ -225,7 +225,15 @@ def _import_everything() -> None:
     import bitsandbytes  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
     import goat_ds.train.run  # noqa: F401
+
+    # torch locks the folder of a compiled operator by a file. A rank killed just then would leave it there, and every
+    # later start on this machine, of whatever run, would wait for its end.
+    for builder in (CPUAdamBuilder, ShareMemCommBuilder):
+        builder().load()
 
 
 def _end_with_parent() -> None:
