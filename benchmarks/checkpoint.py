@@ -1,0 +1,212 @@
+"""What does a checkpoint cost in bytes and seconds, against the one that DeepSpeed itself writes?
+
+    python benchmarks/checkpoint.py [--layers 4] [--tokens 512] [--repetitions 7]
+
+Both save the same engine under ZeRO-3 in bf16 on two ranks of one thread each, in turn. The rival is
+``engine.save_checkpoint(dir, exclude_frozen_parameters=True)``: pickles of each rank that load on that number of ranks
+only, without the frozen start of the experts, left to the kernel to be written. Ours loads on any number of ranks, has
+the PEFT adapter in it and a hash of every file, and is on the disk when it has its name. Shapes are those of
+Gemma-3-270M, with random weights, r 32 and 8 experts; the sample of the data that a run keeps beside is left out. Bytes
+are also held against 12 for each trained parameter (fp32 value and Adam's moments) and the adapter's folder. A step is
+forward, backward and update of one row a rank.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
+
+from goat_ds import GoatConfig
+from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.preflight import filled_ds_config
+from goat_ds.zero import engine as engines
+from goat_ds.zero import partition, ranks
+from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
+from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.ds_config import Precision
+from goat_ds.zero.ranks import Ranks
+
+RIVAL, OURS = "DeepSpeed", "ours"
+BYTES_TARGET = 1.02
+SHARE_TARGET = 0.02
+SAVE_STEPS = 50
+VOCABULARY = 256
+MIB = 2**20
+
+
+class Saved(NamedTuple):
+    """What one checkpoint took."""
+
+    seconds: float
+    """Until the slower rank was done."""
+    num_bytes: int
+    """Of all files."""
+    adapter_bytes: int
+    """Of the adapter's folder; 0 where there is none."""
+
+
+def main() -> None:
+    """Start the two ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers of the base")
+    parser.add_argument("--tokens", type=int, default=512, help="of the row of a rank in a step")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.base:
+        measure(arguments.base, num_tokens=arguments.tokens, repetitions=arguments.repetitions)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(Path(folder), num_layers=arguments.layers)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, __file__, *sys.argv[1:], "--base", folder]
+        subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+
+
+def write_base(folder: Path, *, num_layers: int) -> None:
+    """Write a base with the layer shapes of Gemma-3-270M."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+    )
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> None:
+    """Time steps and checkpoints on this rank, in turn, and print what they took."""
+    # Calls that DeepSpeed and PEFT make.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    torch.set_num_threads(1)
+    config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
+    processes = ranks_from_environment(config)
+    ranks.join(processes, timeout_minutes=30)
+    engine = engine_of(base_folder, filled_ds_config(config, processes), processes)
+    ways = ways_to_save(engine, processes)
+    steps: list[float] = []
+    saved: dict[str, list[Saved]] = {name: [] for name in ways}
+    names = list(ways)
+    for repetition in range(repetitions + 1):
+        for name in names:
+            seconds = timed(lambda: step(engine, num_tokens=num_tokens))
+            result = save(ways[name], base_folder / "saved", processes)
+            # The first ones make the optimizer's state, and bring libraries into memory.
+            if repetition:
+                steps.append(seconds)
+                saved[name].append(result)
+        # Neither always follows the other.
+        names.reverse()
+    if processes.is_first:
+        report(saved, steps, num_trained=num_trained(engine))
+    engines.destroy(engine)
+    ranks.leave()
+
+
+def engine_of(base_folder: Path, engine_config: dict[str, Any], processes: Ranks) -> Any:
+    """Load the base, start experts on it, give both to DeepSpeed."""
+    base = engines.load_base(
+        str(base_folder),
+        precision=Precision.BF16,
+        attention=engines.Attention.SDPA,
+        engine_config=engine_config,
+    )
+    model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
+    start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=None)
+    return engines.build_engine(
+        model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)
+    )
+
+
+def ways_to_save(engine: Any, processes: Ranks) -> dict[str, Callable[[Path], object]]:
+    """Give what writes a checkpoint into a folder, by name."""
+
+    def ours(folder: Path) -> None:
+        save_checkpoint(engine, output_dir=folder, step=1, processes=processes)
+
+    def deepspeeds(folder: Path) -> None:
+        engine.save_checkpoint(str(folder), tag="1", exclude_frozen_parameters=True)
+
+    return {RIVAL: deepspeeds, OURS: ours}
+
+
+def step(engine: Any, *, num_tokens: int) -> None:
+    """Train on one row of random tokens."""
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    input_ids = torch.randint(VOCABULARY, (1, num_tokens), generator=generator)
+    engine.backward(engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
+    engine.step()
+
+
+def save(write: Callable[[Path], object], folder: Path, processes: Ranks) -> Saved:
+    """Time one checkpoint and weigh it, then delete it."""
+    if processes.is_first:
+        folder.mkdir()
+    seconds = timed(lambda: write(folder))
+    num_bytes = bytes_below(folder)
+    adapter_bytes = sum(map(bytes_below, folder.rglob(ADAPTER_FOLDER)))
+    torch.distributed.barrier()
+    if processes.is_first:
+        shutil.rmtree(folder)
+    return Saved(seconds, num_bytes, adapter_bytes)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Give the seconds until the slower rank is done."""
+    torch.distributed.barrier()
+    began = time.monotonic()
+    work()
+    return ranks.max_over_ranks(time.monotonic() - began)
+
+
+def bytes_below(folder: Path) -> int:
+    """Add up the files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def num_trained(engine: Any) -> int:
+    """Count the trained parameters of all ranks together."""
+    return sum(partition.full_shape(p).numel() for p in engine.module.parameters() if p.requires_grad)
+
+
+def report(saved: dict[str, list[Saved]], steps: list[float], *, num_trained: int) -> None:
+    """Print medians, spread and ratios."""
+    print(f"\n{num_trained / 1e6:.2f} M trained parameters, ZeRO-3, bf16, 2 ranks; ratios are to {RIVAL}")
+    print(f"{'':12}{'median s':>10}{'ratio':>8}{'quartiles':>12}{'MiB':>8}{'ratio':>8}")
+    for name, found in saved.items():
+        ratios = [mine.seconds / rival.seconds for mine, rival in zip(found, saved[RIVAL], strict=True)]
+        low, middle, high = statistics.quantiles(ratios)
+        line = f"{name:12}{seconds_of(found):10.3f}{middle:8.2f}{f'{low:.2f}-{high:.2f}':>12}"
+        print(f"{line}{found[0].num_bytes / MIB:8.1f}{found[0].num_bytes / saved[RIVAL][0].num_bytes:8.3f}")
+    ours = saved[OURS][0]
+    needed = 12 * num_trained + ours.adapter_bytes
+    step_seconds = statistics.median(steps)
+    share = seconds_of(saved[OURS]) / (SAVE_STEPS * step_seconds)
+    print(f"bytes / (12 a trained parameter and the adapter): {ours.num_bytes / needed:.4f}, target {BYTES_TARGET}")
+    print(f"seconds / those of {SAVE_STEPS} steps of {step_seconds:.3f} s: {share:.4f}, target {SHARE_TARGET}")
+
+
+def seconds_of(saved: list[Saved]) -> float:
+    """Give the median."""
+    return statistics.median(item.seconds for item in saved)
+
+
+if __name__ == "__main__":
+    main()
