@@ -18,7 +18,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def damages(folder: Path, *, below: str = "") -> Iterator[str]:
-    """Say, one line each, what is not as the manifest has it; files that it does not name are not looked at.
+    """Say, one line each, what is not as the manifest has it.
+
+    Tensors and settings that it does not name are damages, notes of the user's are not.
 
     Args:
         folder: With its manifest.
@@ -33,6 +35,10 @@ def damages(folder: Path, *, below: str = "") -> Iterator[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         yield f"{path} is damaged: it does not list files with bytes and sha256"
         return
+    names = {MANIFEST_NAME, *(name for name, _, _ in listed)}
+    for found in sorted(path for pattern in ("*.safetensors", "*.json") for path in (folder / below).rglob(pattern)):
+        if str(found.relative_to(folder)) not in names:
+            yield f"{found} is not in {MANIFEST_NAME}"
     for name, num_bytes, digest in listed:
         if Path(name).is_relative_to(below):
             yield from _damages_of(folder / name, num_bytes, digest)

@@ -22,6 +22,14 @@ def test_a_folder_as_written_has_no_damage_and_may_hold_notes_of_the_users(folde
     assert list(damages(folder)) == []
 
 
+def test_tensors_and_settings_that_the_manifest_does_not_name_are_told(folder: Path) -> None:
+    added = [folder / "adapter" / "more.json", folder / "state-00002.safetensors"]
+    for path in added:
+        path.write_text("{}")
+    assert list(damages(folder)) == [f"{path} is not in {MANIFEST_NAME}" for path in sorted(added)]
+    assert list(damages(folder, below="adapter")) == [f"{added[0]} is not in {MANIFEST_NAME}"]
+
+
 def test_a_flipped_byte_a_shorter_file_and_a_missing_one_are_told_by_name(folder: Path) -> None:
     weights = folder / "adapter" / "weights"
     weights.write_bytes(b"0123456780")

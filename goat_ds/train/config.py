@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import HfArgumentParser
 
 from goat_ds import demo
@@ -464,6 +465,15 @@ def first_rank_address() -> str:
 def world_rank_from_environment() -> int:
     """Give this process's place in the run before settings are read; 0 where no launcher has told it."""
     return int(os.environ.get("RANK", "0"))
+
+
+def build_locks() -> list[Path]:
+    """List the files that say that an operator of DeepSpeed's is being compiled, or that such a process was killed.
+
+    torch waits for ever until such a file is gone.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return sorted(path for depth in ("*/lock", "*/*/lock") for path in root.glob(depth))
 
 
 def _signs_of_others(config: TrainConfig) -> Iterator[str]:

@@ -94,4 +94,4 @@ class Health:
 
 
 def _kept(saved: Path | None) -> str:
-    return f"the last checkpoint before it is {saved}" if saved else "no checkpoint was due before it"
+    return f"the last checkpoint before it is {saved}" if saved else "there is no checkpoint from before it"

@@ -78,14 +78,17 @@ def train(
     plan = batch_plan(config, processes, tokens.packed, global_batch_size=resumption.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
     finish_after = config.finish_after(num_steps)
-    memory = RunMemory(resumption, num_steps=num_steps, data_digest=digest_on_first(tokens.dataset, processes))
+    memory = RunMemory(resumption, digest_on_first(tokens.dataset, processes), processes)
     done, saved = memory.steps_done, checkpoint and checkpoint.folder
+    if checkpoint:
+        check_phase(config, checkpoint, finish_after)
     if saved and done >= num_steps:
         say(processes, f"resume: all {num_steps} steps are done, nothing is left to do")
         return saved
     engine = build(config, processes, num_steps=num_steps, checkpoint=checkpoint)
     tuner: Any = engines.peft_model(engine).base_model
-    if finish_after:
+    is_to_finish = finish_after is not None and done <= finish_after
+    if finish_after and is_to_finish:
         check_enough(engines.peft_model(engine), num_tokens_until(finish_after, plan, tokens.dataset))
     checkpoints.check_room(engine, config.folder, processes)
     set_damaged_aside(resumption.damaged, processes)
@@ -104,8 +107,9 @@ def train(
         suspects=ds_config.untried_zero(filled_ds_config(config, processes)),
     )
     stream = batches(tokens.dataset, plan, world_rank=processes.world_rank)
-    if checkpoint and checkpoint.is_routed and done == finish_after:
+    if checkpoint and is_to_finish and done == finish_after:
         engine = finish(engine, stream, done, heldout, config, processes, metrics, num_steps=num_steps)
+    metrics.eval_loss = None
 
     signals.saves = True
     for step, batch in stream.from_step(done, until=num_steps):
@@ -145,21 +149,16 @@ def train(
             metrics.record_eval(step, eval_loss=evaluate(engine, heldout, config, processes))
         signal = signals.asked()
         if due(step, config.save_steps, last) or step == finish_after or signal:
-            try:
-                saved = checkpoints.save_checkpoint(
-                    engine,
-                    output_dir=config.folder,
-                    step=step,
-                    processes=processes,
-                    run=memory.after(config, metrics),
-                    write_beside=write_sample,
-                )
-            except SaveError as error:
-                if last or signal or config.on_save_error is OnSaveError.STOP:
-                    raise SaveError(f"{error}; {kept(saved)}") from error
-                say(processes, f"warning: {error}; {kept(saved)}; going on without (on_save_error continue)")
-            else:
-                remove_surplus(config, processes)
+            saved = save(
+                engine,
+                step,
+                config,
+                processes,
+                run=memory.after(metrics),
+                write_sample=write_sample,
+                earlier=saved,
+                must_succeed=last or signal is not None,
+            )
         if signal and not last:
             raise Interrupted(f"{signal}: stopped after step {step} and saved {saved}; --resume auto goes on from it")
         if step == finish_after:
@@ -176,29 +175,84 @@ def train(
 class RunMemory:
     """What a run writes into its checkpoints to find itself again, and what it found there."""
 
-    def __init__(self, resumption: Resumption, *, num_steps: int, data_digest: str) -> None:
+    def __init__(self, resumption: Resumption, data_digest: str, processes: Ranks) -> None:
         checkpoint = resumption.checkpoint
-        found = checkpoint.run if checkpoint else {}
+        found: dict[str, Any] = checkpoint.run if checkpoint else {"tokens": 0, "data_sha256": data_digest}
         self.steps_done = checkpoint.step if checkpoint else 0
-        self.tokens_done = int(found.get("tokens", 0))
+        self.tokens_done = int(found["tokens"])
         self._fixed = {
+            # As given: on another number of ranks the accumulation is found anew.
+            "settings": settings_of(resumption.given),
             "global_batch_size": resumption.global_batch_size,
-            "num_steps": num_steps,
             "data_sha256": data_digest,
         }
-        if not resumption.config.allow_changed and found.get("data_sha256", data_digest) != data_digest:
-            raise told_everywhere(
+        if found["data_sha256"] != data_digest:
+            allow_or_refuse(
+                resumption.config,
+                processes,
                 f"data ({', '.join(train_sources(resumption.config))}) is not what the run was trained on before; give "
-                "the same records in the same order, or --allow_changed"
+                "the same records in the same order",
             )
 
-    def after(self, config: TrainConfig, metrics: Metrics) -> dict[str, Any]:
+    def after(self, metrics: Metrics) -> dict[str, Any]:
         """Give what the checkpoint of the running step holds of the run."""
-        return self._fixed | {
-            "settings": settings_of(config),
-            "tokens": metrics.tokens,
-            "eval_loss": metrics.eval_loss,
-        }
+        return self._fixed | {"tokens": metrics.tokens, "eval_loss": metrics.eval_loss}
+
+
+def allow_or_refuse(config: TrainConfig, processes: Ranks, change: str) -> None:
+    """Say what has changed since the run began, which every rank sees alike, or refuse it.
+
+    Raises:
+        ConfigError: ``allow_changed`` is not given.
+    """
+    if not config.allow_changed:
+        raise told_everywhere(f"{change}, or give --allow_changed")
+    say(processes, f"resume: changed: {change}")
+
+
+def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int | None) -> None:
+    """Hold that a checkpoint is dense or routed as the settings have it at its step.
+
+    Raises:
+        ConfigError: it is not, because ``dense_finish`` or the length of the run was changed.
+    """
+    is_dense = finish_after is not None and checkpoint.step > finish_after
+    if is_dense == checkpoint.is_routed:
+        found, wanted = ("routed", "dense") if is_dense else ("dense", "routed")
+        raise told_everywhere(
+            f"dense_finish ({config.dense_finish}) makes the run {wanted} after step {checkpoint.step}, and "
+            f"{checkpoint.folder} is {found}; finish after the step where it was finished, or after the checkpoint's"
+        )
+
+
+def save(
+    engine: Any,
+    step: int,
+    config: TrainConfig,
+    processes: Ranks,
+    *,
+    run: dict[str, Any],
+    write_sample: Callable[[Path], None] | None,
+    earlier: Path | None,
+    must_succeed: bool,
+) -> Path | None:
+    """Save a checkpoint, and delete those that are too many; give the newest that is there. A collective.
+
+    Raises:
+        SaveError: it was not written, and the run may not go on without.
+    """
+    try:
+        saved = checkpoints.save_checkpoint(
+            engine, output_dir=config.folder, step=step, processes=processes, run=run, write_beside=write_sample
+        )
+    except SaveError as error:
+        told = f"{error}; {kept(earlier)}"
+        if must_succeed or config.on_save_error is OnSaveError.STOP:
+            raise SaveError(f"{told}; make room there, then --resume auto goes on from it") from error
+        say(processes, f"warning: {told}; going on without (on_save_error continue)")
+        return earlier
+    remove_surplus(config, processes)
+    return saved
 
 
 def digest_on_first(dataset: Dataset, processes: Ranks) -> str:
@@ -207,14 +261,16 @@ def digest_on_first(dataset: Dataset, processes: Ranks) -> str:
 
 
 def remove_surplus(config: TrainConfig, processes: Ranks) -> None:
-    """Delete the checkpoints that save_total_limit does not keep. A collective.
+    """Delete the checkpoints that save_total_limit does not keep.
 
     Kept are the newest, the one with the best eval_loss, and the last routed one before a dense finish.
     """
-    if config.save_total_limit:
-        ranks.together(
-            lambda: checkpoints.keep_newest(config.folder, config.save_total_limit) if processes.is_first else None
-        )
+    if config.save_total_limit and processes.is_first:
+        try:
+            checkpoints.keep_newest(config.folder, config.save_total_limit)
+        except OSError as error:
+            # The new one is there: what cannot be deleted is no reason to end a run.
+            say(processes, f"warning: save_total_limit ({config.save_total_limit}) could not delete: {error}")
 
 
 def kept(saved: Path | None) -> str:
@@ -288,7 +344,7 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: 
     """Load the base, start its experts or go on from a checkpoint's, give both to DeepSpeed. A collective."""
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
-        raise ConfigError(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
+        raise told_everywhere(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
     engine_config = filled_ds_config(config, processes)
     base = engines.load_base(
         model_name(config),
@@ -313,7 +369,7 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: 
     origin = f"from {checkpoint.folder}" if checkpoint else f"{report.num_cached} from the cache"
     say(processes, f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
     if checkpoint:
-        check_same_base(model, config, checkpoint)
+        check_same_base(model, config, processes, checkpoint)
     if (held := measure(model)).num_layers:
         say(processes, str(held))
     engines.enable_checkpointing(model, config.gradient_checkpointing)
@@ -326,19 +382,22 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: 
     return engine
 
 
-def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> None:
+def check_same_base(model: Any, config: TrainConfig, processes: Ranks, checkpoint: Checkpoint) -> None:
     """Hold that a run goes on with the base it began with; every rank sees the same.
 
     Raises:
         ConfigError: the weights are others; where there is no fingerprint, because they came in 4 bits, the name is.
     """
-    found, expected = model.peft_config[engines.ADAPTER_NAME].base_fingerprint, checkpoint.adapter["base_fingerprint"]
-    same = found == expected if expected else config.model == checkpoint.run["settings"]["model"]
-    if not same and not config.allow_changed:
-        raise told_everywhere(
-            f"model ({model_name(config)}) has other weights than the base that the run began with; resume with that "
-            "base, or give --allow_changed"
+    found = model.peft_config[engines.ADAPTER_NAME].base_fingerprint
+    expected, name = checkpoint.adapter.get("base_fingerprint"), checkpoint.run["settings"]["model"]
+    if expected and found != expected:
+        change = f"model ({model_name(config)}) has other weights than the base that the run began with; give that base"
+        allow_or_refuse(config, processes, change)
+    elif not expected and config.model != name:
+        change = (
+            f"model ({config.model}) was {name} when the run began; a base that came in 4 bits is known by its name"
         )
+        allow_or_refuse(config, processes, change)
 
 
 def schedule_of(config: TrainConfig, *, num_steps: int) -> Callable[[Optimizer], LRScheduler]:

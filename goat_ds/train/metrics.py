@@ -3,12 +3,16 @@
 Shape letters: N routed layers, E experts.
 """
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +39,7 @@ class Metrics:
         self._tokens_since = 0
         self._bar = tqdm(total=num_steps, initial=done, desc="train", unit="step", disable=not processes.is_first)
         self._output_dir = output_dir
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, FileIO] = {}
         if processes.is_first:
             for name in ("metrics", "routers"):
                 _set_redone_aside(output_dir / f"{name}.jsonl", done=done)
@@ -131,14 +135,25 @@ class Metrics:
             return
         # Made with its first line: a run that fails before it leaves its folder empty, to be used again.
         if name not in self._files:
-            self._files[name] = (self._output_dir / f"{name}.jsonl").open("a")
-        self._files[name].write(json.dumps(line) + "\n")
-        self._files[name].flush()
+            self._files[name] = (self._output_dir / f"{name}.jsonl").open("ab", buffering=0)
+        _append(self._files[name], (json.dumps(line) + "\n").encode())
 
     def _tell_monitor(self, step: int, line: Mapping[str, float | None]) -> None:
         if self._monitor.enabled and self._processes.is_first:
             events = [(f"train/{name}", value, step) for name, value in line.items() if value is not None]
             self._monitor.write_events([event for event in events if not event[0].endswith("/step")])
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Write a line whole or not at all; a disk that is full loses it, said, and does not end the run."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        tqdm.write(f"warning: {file.name}: a line was not written: {error.strerror}")
+        with suppress(OSError):
+            file.truncate(end)
 
 
 def _set_redone_aside(path: Path, *, done: int) -> None:

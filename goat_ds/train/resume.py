@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,16 @@ FREE = frozenset(
 )  # fmt: skip
 
 
+RUN_KEYS = {"settings", "global_batch_size", "data_sha256", "tokens", "eval_loss"}
+"""What a checkpoint holds of the run."""
+
+
 class Resumption(NamedTuple):
     """How a run begins: at a checkpoint, or None: at the start; what is wrong with that, and what to say of it."""
 
     checkpoint: Checkpoint | None
+    given: TrainConfig
+    """As the user gave it."""
     config: TrainConfig
     """With the accumulation that keeps the packs of a step, whatever the number of ranks."""
     global_batch_size: int
@@ -41,7 +48,7 @@ class Resumption(NamedTuple):
 def look(config: TrainConfig, processes: Ranks) -> Resumption:
     """Find out where the run begins. A collective; changes nothing."""
     size = config.packs_per_step(processes.world_size)
-    fresh = Resumption(None, config, size, [], [], [])
+    fresh = Resumption(None, config, config, size, [], [], [])
     if config.resume is None:
         return fresh
     try:
@@ -51,16 +58,17 @@ def look(config: TrainConfig, processes: Ranks) -> Resumption:
     notes = [f"resume: passed over {candidate.folder.name}: {why}" for candidate, why in damaged.items()]
     if checkpoint is None:
         return fresh._replace(notes=notes)
+    if missing := RUN_KEYS - checkpoint.run.keys():
+        return fresh._replace(problems=[f"resume: {checkpoint.folder} does not say {', '.join(sorted(missing))}"])
     problems = list(changes(config, checkpoint.run["settings"]))
-    kept, problem, note = _keep_global_batch(config, checkpoint.run, processes)
-    problems += [problem] if problem else []
     if config.allow_changed:
         notes, problems = [*notes, *(f"resume: changed: {line}" for line in problems)], []
-        kept = checkpoint.run["global_batch_size"] if not problem else size
+    kept, problem, note = _keep_global_batch(config, checkpoint.run, processes)
+    problems += [problem] if problem else []
     notes += [note] if note else []
     per_step = config.micro_batch_size * processes.world_size
-    config = dataclasses.replace(config, grad_accum_steps=max(1, -(-kept // max(per_step, 1))))
-    return Resumption(checkpoint, config, kept, problems, notes, list(damaged))
+    fitted = dataclasses.replace(config, grad_accum_steps=max(1, -(-kept // max(per_step, 1))))
+    return Resumption(checkpoint, config, fitted, kept, problems, notes, list(damaged))
 
 
 def _chosen(config: TrainConfig, processes: Ranks) -> tuple[Checkpoint | None, dict[Candidate, str]]:
@@ -127,7 +135,7 @@ def _keep_global_batch(
     problem = (
         f"grad_accum_steps ({config.grad_accum_steps}) x micro_batch_size ({config.micro_batch_size}) x ranks "
         f"({processes.world_size}) makes a step of {size} packs, and the run has steps of {kept}; use grad_accum_steps "
-        f"{fitting}, or give --allow_changed"
+        f"{fitting}: the packs of a step say which records have been seen"
     )
     return kept, (None if fitting == config.grad_accum_steps else problem), None
 
@@ -137,8 +145,10 @@ def set_damaged_aside(damaged: list[Candidate], processes: Ranks) -> None:
 
     def rename() -> None:
         for candidate in damaged:
-            if candidate.world_rank == processes.world_rank and candidate.folder.exists():
-                candidate.folder.rename(_free_name(candidate.folder))
+            if candidate.world_rank == processes.world_rank:
+                # On a disk that nodes share, each of them has found it.
+                with suppress(FileNotFoundError):
+                    candidate.folder.rename(_free_name(candidate.folder))
 
     ranks.together(rename)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
 from goat_ds.train.config import (
     TrainConfig,
+    build_locks,
     first_rank_address,
     parse,
     ranks_from_environment,
@@ -20,7 +21,9 @@ from goat_ds.train.loop import load_all_tokens, say, train
 from goat_ds.train.preflight import problems
 from goat_ds.train.resume import look
 from goat_ds.train.signals import INTERRUPTED, Signals
+from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import ds_config, nodes, ranks
+from goat_ds.zero.lock import locked
 from goat_ds.zero.ranks import Ranks
 from goat_ds.zero.watch import Watch, watching
 
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         config = parse(arguments)
         processes = ranks_from_environment(config)
+        if processes.is_first_on_node:
+            _tell_of_build_locks()
         ranks.join(processes, timeout_minutes=config.timeout_minutes)
         joined = True
         with watching(processes, address=first_rank_address(), timeout_minutes=config.timeout_minutes) as watch:
@@ -47,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"\n{error}\n", file=sys.stderr)
         _end(2, world_rank)
     except Interrupted as error:
+        signals.leaves = True
         if world_rank == 0:
             print(f"\n{error}\n", file=sys.stderr)
         _end(INTERRUPTED, world_rank)
@@ -74,8 +80,16 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, wa
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
     if len(sizes) > 1 and not nodes.is_shared(config.folder, processes):
         say(processes, f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
-    saved = train(resumption, processes, signals, step_done=watch.step_done)
+    with locked(config.folder, processes, timeout_minutes=config.timeout_minutes):
+        ranks.together(lambda: checkpoints.sweep(config.folder) if processes.is_first else None)
+        saved = train(resumption, processes, signals, step_done=watch.step_done)
     say(processes, f"saved {saved}")
+
+
+def _tell_of_build_locks() -> None:
+    for path in build_locks():
+        told = "another process compiles an operator, or was killed while it did so"
+        print(f"warning: {path}: {told}; if the run does not start within minutes, delete that file", file=sys.stderr)
 
 
 def _unshared(folder: Path, *, num_nodes: int) -> str:

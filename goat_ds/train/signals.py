@@ -9,8 +9,6 @@ from goat_ds.zero import ranks
 
 INTERRUPTED = 75
 """Exit code of a run that a signal has ended and that can be started again (EX_TEMPFAIL of sysexits.h)."""
-KILLED = 128 + signal.SIGTERM
-"""Exit code of a run that left at once."""
 ECHO_S = 1.0
 """Seconds within which a SIGTERM is the same again: a cluster sends one to every process, and launchers pass it on."""
 
@@ -18,12 +16,16 @@ ECHO_S = 1.0
 class Signals:
     """What this process has been sent.
 
-    Before the first step there is nothing to save, so the process ends at once. After that the running step ends, the
-    run saves, and leaves. A second SIGTERM ends the process at once; checkpoints appear whole or not at all.
+    Before the first step there is nothing to save, so the process ends at once, as if it had not listened. After that
+    the running step ends, the run saves, and leaves. A second SIGTERM ends the process at once; checkpoints appear
+    whole or not at all.
     """
 
     def __init__(self) -> None:
         self.saves = False
+        """Whether the run has begun, so that there is something to save."""
+        self.leaves = False
+        """Whether it has saved and is leaving: nothing more can be asked of it."""
         self._received: signal.Signals | None = None
         self._terminated_at: float | None = None
 
@@ -48,13 +50,18 @@ class Signals:
             self._receive(numbers[0])
 
     def _receive(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGUSR1):
+        if number not in (signal.SIGTERM, signal.SIGUSR1) or self.leaves:
             return
         if number == signal.SIGTERM:
             now = time.monotonic()
             if self._terminated_at is not None and now - self._terminated_at > ECHO_S:
-                os._exit(KILLED)
+                _leave(number, "a second SIGTERM: leaving at once")
             self._terminated_at = self._terminated_at or now
         self._received = signal.Signals(number)
         if not self.saves:
-            os._exit(INTERRUPTED)
+            _leave(number, f"{self._received.name} before the first step: there is nothing to save")
+
+
+def _leave(number: int, why: str) -> None:
+    os.write(2, f"\n{why}\n".encode())
+    os._exit(128 + number)

@@ -11,6 +11,7 @@ generator of every step is a function of the seed, the step and the rank.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -255,13 +256,20 @@ def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]
 
 
 def _counters(engine: DeepSpeedEngine, num_adam_steps: int) -> dict[str, Any]:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = _loss_scaler(engine)
     fields = {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if hasattr(scaler, name)}
     return {
         "adam_steps": num_adam_steps,
         "schedule_steps": engine.lr_scheduler.last_epoch,
         "loss_scale": fields,
     }
+
+
+def sweep(output_dir: Path) -> None:
+    """Delete what a run that was killed has left of checkpoints that it had not finished writing or deleting."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.surplus"):
+        for folder in output_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_newest(output_dir: Path, limit: int) -> None:
@@ -271,7 +279,11 @@ def keep_newest(output_dir: Path, limit: int) -> None:
     """
     about = {step: _told_by(checkpoint_folder(output_dir, step)) for step in checkpoint_steps(output_dir)}
     steps = [step for step, told in about.items() if told is not None]
-    losses = {step: told.eval_loss for step, told in about.items() if told and told.eval_loss is not None}
+    losses = {
+        step: told.eval_loss
+        for step, told in about.items()
+        if told and told.eval_loss is not None and math.isfinite(told.eval_loss)
+    }
     routed = [step for step, told in about.items() if told and told.is_routed]
     best = min(losses, key=lambda step: (losses[step], -step), default=None)
     for step in set(steps[limit:]) - {best, max(routed, default=None)}:
@@ -297,6 +309,14 @@ def _told_by(folder: Path) -> _Told | None:
 
 
 # -- the way back
+
+
+def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """Give what holds the loss scale of fp16; None in other precisions. ZeRO-0 has another kind than the others."""
+    if not engine.fp16_enabled():
+        return None
+    optimizer: Any = engine.optimizer
+    return optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
 
 
 class Candidate(NamedTuple):
@@ -349,6 +369,7 @@ def _read(folder: Path, reader: int) -> Checkpoint:
         if about["format"] != FORMAT:
             raise ConfigError(f"{folder / RUN_NAME}: format ({about['format']}) is not {FORMAT}")
         step, engine, run = int(about["step"]), dict(about["engine"]), dict(about["run"])
+        int(engine["adam_steps"]), int(engine["schedule_steps"]), dict(engine["loss_scale"])
         shapes = _shapes_in(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
         state = {name: shape for path in sorted(folder.glob(STATE_PATTERN)) for name, shape in _shapes_in(path).items()}
     except OSError as error:
@@ -403,8 +424,10 @@ def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, processes: Ranks) -
         state = read.state(name, num_steps) if read else None
         write_state(engine, parameter, state, owner=checkpoint.reader)
     resume_schedule(engine, int(checkpoint.engine["schedule_steps"]))
+    scaler = _loss_scaler(engine)
     for name, value in checkpoint.engine["loss_scale"].items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
     # What DeepSpeed's own reports and profiler count.
     engine.global_steps = checkpoint.step
     engine.global_samples = checkpoint.step * engine.train_batch_size()

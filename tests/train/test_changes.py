@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import pytest
 from goat_ds.errors import ConfigError
 from goat_ds.train import resume
 from goat_ds.train.config import TrainConfig, parse
-from goat_ds.train.metrics import _set_redone_aside
-from goat_ds.zero.checkpoint import Checkpoint, keep_newest
+from goat_ds.train.loop import check_phase
+from goat_ds.train.metrics import _append, _set_redone_aside
+from goat_ds.zero import lock
+from goat_ds.zero.checkpoint import Checkpoint, keep_newest, sweep
 from goat_ds.zero.ranks import Ranks
 
 BEGUN = TrainConfig(ds_config="ds_configs/zero3.json", output_dir="runs/a", grad_accum_steps=2, resume="auto")
+
+
+REST: dict[str, Any] = {"data_sha256": "", "tokens": 0, "eval_loss": None}
 
 
 def ranks_of(world_size: int) -> Ranks:
@@ -22,12 +28,15 @@ def ranks_of(world_size: int) -> Ranks:
 
 
 def checkpoint(global_batch_size: int = 4) -> Checkpoint:
-    run: dict[str, Any] = {"settings": resume.settings_of(BEGUN), "global_batch_size": global_batch_size}
+    run: dict[str, Any] = {"settings": resume.settings_of(BEGUN), "global_batch_size": global_batch_size} | REST
     return Checkpoint(Path("runs/a/checkpoint-5"), 0, 5, {}, run, {}, {})
 
 
-def look(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, *, world_size: int) -> resume.Resumption:
-    monkeypatch.setattr(resume, "newest_whole", lambda folder, processes: (checkpoint(), {}))
+def look(
+    monkeypatch: pytest.MonkeyPatch, config: TrainConfig, *, world_size: int, patched: bool = True
+) -> resume.Resumption:
+    if patched:
+        monkeypatch.setattr(resume, "newest_whole", lambda folder, processes: (checkpoint(), {}))
     return resume.look(config, ranks_of(world_size))
 
 
@@ -66,10 +75,31 @@ def test_flags_that_fit_the_packs_of_a_step_are_taken_and_others_refused(monkeyp
     (problem,) = look(monkeypatch, other, world_size=2).problems
     assert problem.startswith("grad_accum_steps (3) x micro_batch_size (1) x ranks (2) makes a step of 6 packs, and")
     assert "use grad_accum_steps 2" in problem
-    allowed = look(monkeypatch, dataclasses.replace(other, allow_changed=True), world_size=2)
-    assert (allowed.problems, allowed.global_batch_size, allowed.config.grad_accum_steps) == ([], 6, 3)
-    (note,) = allowed.notes
-    assert note.startswith("resume: changed: grad_accum_steps (3)")
+    assert look(monkeypatch, dataclasses.replace(other, allow_changed=True), world_size=2).problems == [problem]
+
+
+def test_the_number_of_ranks_may_change_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = look(monkeypatch, BEGUN, world_size=1)
+    # What a checkpoint of that run holds.
+    run = {"settings": resume.settings_of(found.given), "global_batch_size": found.global_batch_size}
+    for world_size in (1, 4, 1, 2):
+        monkeypatch.setattr(resume, "newest_whole", lambda *_: (checkpoint()._replace(run=REST | run), {}))
+        found = look(monkeypatch, BEGUN, world_size=world_size, patched=False)
+        assert found.problems == []
+        assert found.config.grad_accum_steps == 4 // world_size
+
+
+def test_changes_that_are_allowed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = look(monkeypatch, dataclasses.replace(BEGUN, learning_rate=1e-3, allow_changed=True), world_size=2)
+    assert found.problems == []
+    (note,) = found.notes
+    assert note.startswith("resume: changed: learning_rate (0.001) was 0.0001")
+
+
+def test_a_checkpoint_that_does_not_say_enough_of_its_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "newest_whole", lambda *_: (checkpoint()._replace(run={"settings": {}}), {}))
+    (problem,) = look(monkeypatch, BEGUN, world_size=2, patched=False).problems
+    assert problem == "resume: runs/a/checkpoint-5 does not say data_sha256, eval_loss, global_batch_size, tokens"
 
 
 def test_allow_changed_without_resume_is_told() -> None:
@@ -102,8 +132,57 @@ def test_a_line_without_its_end_gets_one(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("is_routed", [True, False])
+@pytest.mark.parametrize(("finish_after", "is_dense"), [(None, False), (4, True), (5, False), (6, False)])
+def test_a_checkpoint_is_dense_or_routed_as_the_settings_have_it(
+    finish_after: int | None, is_dense: bool, is_routed: bool
+) -> None:
+    found = checkpoint()._replace(adapter={"routed": is_routed})
+    if is_dense != is_routed:
+        check_phase(BEGUN, found, finish_after)
+    else:
+        with pytest.raises(ConfigError, match=r"dense_finish \(0.0\) makes the run (dense|routed) after step 5, and "):
+            check_phase(BEGUN, found, finish_after)
+
+
+def test_a_line_that_a_full_disk_does_not_take_is_lost_whole_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    class Full(FileIO):
+        def write(self, line: Any) -> int:
+            return super().write(line[:3])
+
+    with Full(str(path), "ab") as file:
+        _append(file, b'{"step": 1}\n')
+    with FileIO(str(path), "ab") as file:
+        _append(file, b'{"step": 2}\n')
+    assert path.read_text() == '{"step": 2}\n'
+    assert f"{path}: a line was not written: No space left on device" in "".join(capsys.readouterr())
+
+
+def test_what_a_killed_run_left_half_done_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".checkpoint-3.tmp", ".checkpoint-1.surplus", "checkpoint-2", "checkpoint-1.damaged"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1.damaged", "checkpoint-2"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "together", lambda work: work())
+    with (
+        lock.locked(tmp_path, ranks_of(1), timeout_minutes=0.1),
+        pytest.raises(ConfigError, match=rf"output_dir \({tmp_path}\) is in use by another run"),
+        lock.locked(tmp_path, ranks_of(1), timeout_minutes=1e-3),
+    ):
+        raise AssertionError("two runs hold one folder")
+    with lock.locked(tmp_path, ranks_of(1), timeout_minutes=0.1):
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_the_newest_the_best_and_the_last_routed_checkpoint_are_kept(tmp_path: Path) -> None:
-    losses = {10: 0.9, 20: 0.3, 30: 0.5, 40: None, 50: 0.4, 60: 0.45}
+    losses = {10: 0.9, 20: 0.3, 30: 0.5, 40: None, 50: 0.4, 60: float("nan")}
     for step, loss in losses.items():
         (tmp_path / f"checkpoint-{step}" / "adapter").mkdir(parents=True)
         (tmp_path / f"checkpoint-{step}" / "run.json").write_text(json.dumps({"run": {"eval_loss": loss}}))

@@ -42,7 +42,7 @@ def test_what_is_not_finite_is_told_with_its_step_its_records_and_the_last_check
 
 
 def test_of_many_records_the_first_are_named_and_the_rest_counted() -> None:
-    with pytest.raises(TrainingError, match=r"line 8 and 12 more; no checkpoint was due before it$"):
+    with pytest.raises(TrainingError, match=r"line 8 and 12 more; there is no checkpoint from before it$"):
         check(health(), loss=math.nan, record_ids=range(20), saved=None)
 
 
