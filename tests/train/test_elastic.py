@@ -48,7 +48,7 @@ def test_other_ranks_and_stages_give_the_losses_of_a_run_left_alone(base: str, l
         expected = 0 if step == STEPS[-1] else 75
         assert run.wait() == [expected] * start.world_size, run.output()
         assert steps_saved(moved)[-1] == step
-    assert_equal_to_rounding(moved, alone, rounding=2e-5 if "fp32" in base else 2e-2)
+    assert_equal_to_rounding(moved, alone, rounding=1e-6 if "fp32" in base else 5e-4)
     assert_every_record_once_an_epoch(moved, printed)
 
 
@@ -57,6 +57,7 @@ def assert_equal_to_rounding(moved: Path, alone: Path, *, rounding: float) -> No
     expected_steps, expected_losses, expected_norms, _ = zip(*trajectory(alone), strict=True)
     assert steps == expected_steps
     assert losses == pytest.approx(expected_losses, rel=rounding)
+    # In bf16 a gradient's norm was seen to differ by a hundred times what the losses do.
     assert norms == pytest.approx(expected_norms, rel=50 * rounding)
 
 
