@@ -38,7 +38,10 @@ def after(script: str) -> list[list[str]]:
     return [command[command.index(script) + 1 :] for command in shell_commands() if script in command]
 
 
-@pytest.mark.parametrize("flags", after("launch/train.py"), ids=" ".join)
+LAUNCHED = [*after("launch/train.py"), *after("launch/torchrun_node.sh"), *after("launch/slurm.sbatch")]
+
+
+@pytest.mark.parametrize("flags", LAUNCHED, ids=" ".join)
 def test_training_commands_parse(flags: list[str]) -> None:
     config = parse(flags)
     if config.ds_config is not None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from goat_ds.data.formats import DataFormat
 from goat_ds.data.sources import digest_of, load_records
 from goat_ds.data.tokens import Tokenised, TokenReport, tokenise
+from goat_ds.errors import ConfigError
 
 VERSION = 1
 """Raise it with every change to what records become: entries of other versions are not found any more."""
@@ -46,15 +47,15 @@ def prepare(
         split: Which split of a folder or a hub data set.
 
     Raises:
-        ConfigError: as for :func:`goat_ds.data.sources.load_records` and :func:`goat_ds.data.tokens.tokenise`.
+        ConfigError: ``cache_dir`` cannot be written, or as for :func:`goat_ds.data.sources.load_records` and
+            :func:`goat_ds.data.tokens.tokenise`.
     """
     key = _key(sources, tokenizer, max_length=max_length, data_format=data_format, split=split)
     entry = cache_dir / key
     found = read_entry(entry)
     if found is not None:
         return found
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache_dir))
+    folder = _new_folder(cache_dir, key)
     try:
         records = load_records(sources, data_format=data_format, split=split)
         made = tokenise(records, tokenizer, max_length=max_length, arrow_file=folder / ARROW)
@@ -62,6 +63,16 @@ def prepare(
         return _publish(folder, entry)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(cache_dir: Path, key: str) -> Path:
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache_dir))
+    except OSError as error:
+        raise ConfigError(
+            f"token_cache ({cache_dir}) cannot be written ({error}); name a folder that every node can write to"
+        ) from error
 
 
 def read_entry(entry: Path) -> Tokenised | None:
