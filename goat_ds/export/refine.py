@@ -2,6 +2,11 @@
 
 The fit makes every layer right on its own; what is left are errors that layers pass on to each other, and those show
 in the model's predictions only. All of ``ΔW`` moves, also what took the start's contribution off.
+
+A row has few labels, and its other positions tell of the same layers: the predictions at some of them, chosen anew in
+every step, count as much as those at all labels together.
+
+Shape letters: L positions, V vocabulary.
 """
 
 import math
@@ -19,8 +24,10 @@ from goat_ds.export.compare import Comparison, Reference, compare, divergence
 from goat_ds.export.tokens import Packs
 from goat_ds.export.trained import STATIC, TRAINED, TrainedModel
 
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
 """Peak rate of AdamW, in units of each factor's root mean square."""
+NUM_OTHERS = 64
+"""Positions of a row without a label that count in a step; their logits take memory as those at labels do."""
 
 
 class Refined(NamedTuple):
@@ -41,7 +48,7 @@ def refine(trained: TrainedModel, packs: Packs, reference: Reference, before: Co
 
     Args:
         trained: With a fitted dense form.
-        packs: Calibration tokens; each rank takes a row a step, in order.
+        packs: Calibration tokens; each rank takes a row a step, in order, and the same positions at every call.
         reference: The trained model on held-out tokens.
         before: The static form on them.
         num_steps: Steps of AdamW, with a cosine from the peak rate to zero.
@@ -68,8 +75,9 @@ def _distil(trained: TrainedModel, packs: Packs, factors: list[nn.Parameter], *,
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps))
     )
     bar = tqdm(total=num_steps, desc="refine", unit="step", disable=not ranks.is_first())
+    chance = torch.Generator().manual_seed(ranks.world_rank())
     for batch in islice(_rows_for_ever(packs), num_steps):
-        kl = _gradients(trained, batch, factors)
+        kl = _gradients(trained, batch, _others(batch, chance), factors)
         for factor in factors:
             assert factor.grad is not None
             ranks.sum_over_ranks_(factor.grad)
@@ -86,15 +94,26 @@ def _rows_for_ever(packs: Packs) -> Iterator[MicroBatch]:
     return (rows[step % len(rows)] for step in count())
 
 
-def _gradients(trained: TrainedModel, batch: MicroBatch, factors: list[nn.Parameter]) -> Tensor:
-    """Add the gradient of this rank's mean divergence over label positions; give the divergence."""
-    batch = batch.to(ranks.device())
+def _others(batch: MicroBatch, chance: torch.Generator) -> Tensor:
+    """Choose positions that have no label."""
+    has_none = torch.ones(batch.input_ids.shape[1], dtype=torch.bool)
+    has_none[batch.label_index] = False
+    places = has_none.nonzero()[:, 0]
+    return places[torch.randperm(len(places), generator=chance)[:NUM_OTHERS]]
+
+
+def _gradients(trained: TrainedModel, batch: MicroBatch, others_L: Tensor, factors: list[nn.Parameter]) -> Tensor:
+    """Add the gradient of this rank's mean divergence, at labels and at other positions; give that at labels."""
+    num_labels = len(batch.label_index)
+    batch = batch._replace(label_index=torch.cat([batch.label_index, others_L])).to(ranks.device())
     with torch.no_grad(), trained.computing_with(TRAINED) as model:
         wanted_LV = label_logits(model, batch).float()
     with trained.computing_with(STATIC) as model:
         for factor in factors:
             factor.requires_grad_(True)
-        kl = divergence(wanted_LV, label_logits(model, batch).float()) / len(batch.label_index)
-        loss: Any = kl / ranks.world_size()
+        logits_LV = label_logits(model, batch).float()
+        kl = divergence(wanted_LV[:num_labels], logits_LV[:num_labels]) / num_labels
+        others = divergence(wanted_LV[num_labels:], logits_LV[num_labels:]) / max(len(others_L), 1)
+        loss: Any = (kl + others) / ranks.world_size()
         loss.backward()
     return kl.detach()

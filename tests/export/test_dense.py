@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from goat_ds import ConfigError, ExportError
+from goat_ds.data.batches import filler
 from goat_ds.data.sample import SAMPLE_FEATURES, SAMPLE_NAME, Sample, load_sample, save_sample
 from goat_ds.export import Fit, Fitting, MergeBase, export_dense, export_lora, fit, read_adapter, refine
 from goat_ds.export.base import find_base
@@ -302,6 +303,17 @@ def test_refinement_makes_the_divergence_smaller_and_says_by_how_much(
     report = report_of(tmp_path / "out")
     assert report["refine_kept"] and report["refine_steps"] == 40
     assert report["merged"]["kl"] < 0.95 * report["fitted"]["kl"]
+
+
+def test_refinement_looks_at_other_positions_than_labels_and_at_others_each_time() -> None:
+    labels = torch.tensor([3, 4, 90])
+    batch = filler()._replace(input_ids=torch.zeros(1, 100, dtype=torch.int64), label_index=labels)
+    chance = torch.Generator().manual_seed(0)
+    chosen = [set(refine._others(batch, chance).tolist()) for _ in range(20)]
+    assert all(len(places) == refine.NUM_OTHERS for places in chosen)
+    assert set.union(*chosen) == set(range(100)) - set(labels.tolist())
+    short = batch._replace(input_ids=torch.zeros(1, 5, dtype=torch.int64), label_index=labels[:2])
+    assert sorted(refine._others(short, chance).tolist()) == [0, 1, 2]
 
 
 def test_refinement_that_does_not_help_is_taken_back(
