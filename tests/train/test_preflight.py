@@ -186,7 +186,7 @@ def test_settings_that_deepspeed_cannot_combine_with_a_4bit_base_are_refused(
     base, ds_config = base_with(tmp_path), str(tmp_path / "ds.json")
     words = f"zero_optimization.{name} ({json.dumps(value)}) cannot hold a 4-bit base"
     assert any(words in problem for problem in problems(tmp_path, model=base, ds_config=ds_config, load_in_4bit=True))
-    assert problems(tmp_path, model=base, ds_config=ds_config) == []
+    assert not any("4-bit" in problem for problem in problems(tmp_path, model=base, ds_config=ds_config))
 
 
 def test_folding_before_quantising_is_allowed(tmp_path: Path) -> None:

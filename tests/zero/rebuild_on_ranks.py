@@ -36,12 +36,12 @@ def main() -> None:
     parsed = {name: parse(command_line) for name, command_line in cases.items()}
     processes = ranks_from_environment(next(iter(parsed.values())))
     ranks.join(processes, timeout_minutes=5)
-    told = {name: compare(config, processes) for name, config in parsed.items()}
+    told = {name: compare(config, processes, output / name) for name, config in parsed.items()}
     (output / f"told-{processes.world_rank}.json").write_text(json.dumps(told))
     ranks.leave()
 
 
-def compare(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
+def compare(config: TrainConfig, processes: Ranks, folder: Path) -> dict[str, Any]:
     """Run a case twice."""
     uninterrupted = Run(config, processes)
     told: dict[str, Any] = {"uninterrupted": uninterrupted.train(0, NUM_STEPS)}
@@ -54,7 +54,7 @@ def compare(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
     told["round_trip"] = equal(before, interrupted.states())
     told["interrupted"] += interrupted.train(MIDDLE, NUM_STEPS)
     told["same_end"] = equal(expected, interrupted.states())
-    told["gathered_to_save"] = interrupted.gathered_to_save()
+    told["gathered_to_save"] = interrupted.gathered_to_save(folder)
     engines.destroy(interrupted.engine)
     return told
 
@@ -97,7 +97,7 @@ class Run:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: read_state(self.engine, parameter) for name, parameter in trained.items()}
 
-    def gathered_to_save(self) -> list[str]:
+    def gathered_to_save(self, folder: Path) -> list[str]:
         """Save a checkpoint; name every parameter that ZeRO-3 gathered for it."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         gathered: list[str] = []
@@ -109,9 +109,8 @@ class Run:
 
         deepspeed.zero.GatheredParameters.__enter__ = recorded
         try:
-            self.config.folder.mkdir(parents=True, exist_ok=True)
-            ranks.together(lambda: None)
-            save_checkpoint(self.engine, output_dir=self.config.folder, step=NUM_STEPS, processes=self.processes)
+            folder.mkdir(exist_ok=True)
+            save_checkpoint(self.engine, output_dir=folder, step=NUM_STEPS, processes=self.processes)
         finally:
             deepspeed.zero.GatheredParameters.__enter__ = enter
         return gathered
