@@ -17,7 +17,7 @@ from goat_ds.train.config import (
     ranks_from_environment,
     world_rank_from_environment,
 )
-from goat_ds.train.loop import load_all_tokens, say, train
+from goat_ds.train.loop import RunMemory, digest_on_first, load_all_tokens, say, train
 from goat_ds.train.preflight import problems
 from goat_ds.train.resume import look
 from goat_ds.train.signals import INTERRUPTED, Signals
@@ -74,7 +74,8 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, wa
     doubts = [*ds_config.warnings(raw), *ds_config.hpz_warnings(raw, sizes)]
     say(processes, *(f"warning: {line}" for line in doubts), *resumption.notes)
     if config.dry_run:
-        load_all_tokens(config, processes)
+        tokens, _ = load_all_tokens(config, processes)
+        RunMemory(resumption, digest_on_first(tokens.dataset, processes), processes)
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
