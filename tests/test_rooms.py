@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "method": {"errors"},
     "tuner": {"errors", "method"},
     "zero": {"errors", "manifest", "method", "tuner"},
-    "data": {"errors", "method", "tuner"},
+    "data": {"errors", "manifest", "method", "tuner"},
     "train": BELOW_TRAINING | {"demo", "front door"},
     "export": BELOW_TRAINING | {"front door"},
     "evaluate": BELOW_TRAINING - {"zero"} | {"export", "front door"},

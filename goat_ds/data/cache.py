@@ -20,6 +20,7 @@ from goat_ds.data.formats import DataFormat
 from goat_ds.data.sources import digest_of, load_records
 from goat_ds.data.tokens import Tokenised, TokenReport, tokenise
 from goat_ds.errors import ConfigError
+from goat_ds.manifest import sha256_of
 
 VERSION = 1
 """Raise it with every change to what records become: entries of other versions are not found any more."""
@@ -79,7 +80,7 @@ def read_entry(entry: Path) -> Tokenised | None:
     """Return what is in the cache folder ``entry``, or nothing if it is missing or not as its manifest says."""
     try:
         manifest = json.loads((entry / MANIFEST).read_text())
-        if _digest(entry / ARROW) != manifest["sha256"]:
+        if sha256_of(entry / ARROW) != manifest["sha256"]:
             return None
         return Tokenised(Dataset.from_file(str(entry / ARROW)), TokenReport(**manifest["report"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -112,14 +113,8 @@ def _discard(entry: Path) -> None:
 
 
 def _write_manifest(folder: Path, made: Tokenised) -> None:
-    manifest = {"sha256": _digest(folder / ARROW), "report": made.report._asdict()}
+    manifest = {"sha256": sha256_of(folder / ARROW), "report": made.report._asdict()}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-
-
-def _digest(file: Path) -> str:
-    # The whole file: it takes a small part of the time that tokenising took, and the rows are read anyway.
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _key(
@@ -139,4 +134,4 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            yield f"{file.relative_to(folder)}\0{_digest(file)}"
+            yield f"{file.relative_to(folder)}\0{sha256_of(file)}"

@@ -64,7 +64,7 @@ class Health:
         if not skipped and not math.isfinite(grad_norm):
             wrong.append(f"the gradient norm of step {step} is {grad_norm}")
         if wrong:
-            raise TrainingError(f"{' and '.join(wrong)}; {self._records(step, record_ids)}; {_kept(saved)}")
+            raise TrainingError(f"{' and '.join(wrong)}; {self._records(step, record_ids)}; {last_checkpoint(saved)}")
         if not skipped:
             self._count_zero(step, grad_norm, record_ids, saved)
 
@@ -81,7 +81,7 @@ class Health:
             )
             raise TrainingError(
                 f"the gradient norm has been 0 for {MOST_ZERO_NORMS} steps in a row, up to step {step}{known}; "
-                f"{self._records(step, record_ids)}; {_kept(self._saved_before_zero)}"
+                f"{self._records(step, record_ids)}; {last_checkpoint(self._saved_before_zero)}"
             )
 
     def _records(self, step: int, record_ids: Sequence[int]) -> str:
@@ -93,5 +93,6 @@ class Health:
         return f"records of step {step}: {', '.join(named)}" + (f" and {more} more" if more else "")
 
 
-def _kept(saved: Path | None) -> str:
+def last_checkpoint(saved: Path | None) -> str:
+    """Say which checkpoint a run that stops can go on from."""
     return f"the last checkpoint before it is {saved}" if saved else "there is no checkpoint from before it"

@@ -16,6 +16,7 @@ from goat_ds.data import (
     Batches,
     BatchPlan,
     Packed,
+    StepBatch,
     batches,
     content_digest,
     eval_batches,
@@ -27,8 +28,8 @@ from goat_ds.data import (
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
 from goat_ds.errors import ConfigError, Interrupted, SaveError, told_everywhere
 from goat_ds.train.config import OnSaveError, TrainConfig
-from goat_ds.train.health import Health
-from goat_ds.train.metrics import Metrics
+from goat_ds.train.health import Health, last_checkpoint
+from goat_ds.train.metrics import Metrics, StepTotals
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import eval_sources, filled_ds_config, model_name, train_sources
 from goat_ds.train.resume import Resumption, set_damaged_aside, settings_of
@@ -86,7 +87,6 @@ def train(
         say(processes, f"resume: all {num_steps} steps are done, nothing is left to do")
         return saved
     engine = build(config, processes, num_steps=num_steps, checkpoint=checkpoint)
-    tuner: Any = engines.peft_model(engine).base_model
     is_to_finish = finish_after is not None and done <= finish_after
     if finish_after and is_to_finish:
         check_enough(engines.peft_model(engine), num_tokens_until(finish_after, plan, tokens.dataset))
@@ -116,21 +116,7 @@ def train(
         step += 1
         # A function of seed, step and rank: it needs no place in a checkpoint, and does not depend on what else drew.
         torch.manual_seed(seed_of(config.seed, f"dropout of rank {processes.world_rank} in step {step}"))
-        for micro_batch in batch.micro_batches:
-            micro_batch = micro_batch.to(engine.device)
-            loss = objective(
-                engine,
-                tuner,
-                micro_batch,
-                step_batch=batch,
-                num_micro_batches=config.grad_accum_steps * processes.world_size,
-            )
-            metrics.add(loss, micro_batch, tuner.signal.loads)
-            engine.backward(loss.total)
-            lr = engine.get_lr()[0]
-            engine.step()
-        totals = metrics.finish_step(num_label_tokens=batch.num_label_tokens)
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        totals, lr, grad_norm = train_step(engine, batch, config, processes, metrics)
         health.check(
             step,
             loss=totals.loss,
@@ -170,6 +156,29 @@ def train(
     engines.destroy(engine)
     assert saved is not None
     return saved
+
+
+class Stepped(NamedTuple):
+    """What a step did: its totals over all ranks, its learning rate and the norm of its gradient."""
+
+    totals: StepTotals
+    lr: float
+    grad_norm: float
+
+
+def train_step(engine: Any, batch: StepBatch, config: TrainConfig, processes: Ranks, metrics: Metrics) -> Stepped:
+    """Forward and backward of every micro-batch, and the optimizer's step. A collective."""
+    tuner: Any = engines.peft_model(engine).base_model
+    num_micro_batches = config.grad_accum_steps * processes.world_size
+    for micro_batch in batch.micro_batches:
+        micro_batch = micro_batch.to(engine.device)
+        loss = objective(engine, tuner, micro_batch, step_batch=batch, num_micro_batches=num_micro_batches)
+        metrics.add(loss, micro_batch, tuner.signal.loads)
+        engine.backward(loss.total)
+        lr = engine.get_lr()[0]
+        engine.step()
+    totals = metrics.finish_step(num_label_tokens=batch.num_label_tokens)
+    return Stepped(totals, lr, float(engine.get_global_grad_norm() or 0.0))
 
 
 class RunMemory:
@@ -246,7 +255,7 @@ def save(
             engine, output_dir=config.folder, step=step, processes=processes, run=run, write_beside=write_sample
         )
     except SaveError as error:
-        told = f"{error}; {kept(earlier)}"
+        told = f"{error}; {last_checkpoint(earlier)}"
         if must_succeed or config.on_save_error is OnSaveError.STOP:
             raise SaveError(f"{told}; make room there, then --resume auto goes on from it") from error
         say(processes, f"warning: {told}; going on without (on_save_error continue)")
@@ -271,11 +280,6 @@ def remove_surplus(config: TrainConfig, processes: Ranks) -> None:
         except OSError as error:
             # The new one is there: what cannot be deleted is no reason to end a run.
             say(processes, f"warning: save_total_limit ({config.save_total_limit}) could not delete: {error}")
-
-
-def kept(saved: Path | None) -> str:
-    """Say which checkpoint a run that stops leaves."""
-    return f"the last checkpoint is {saved}" if saved else "there is no earlier checkpoint"
 
 
 def load_all_tokens(config: TrainConfig, processes: Ranks) -> tuple[Tokens, Tokens | None]:

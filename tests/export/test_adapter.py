@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goat_ds.data.sample import SAMPLE_NAME
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export import export_adapter, export_exact, find_adapter, read_adapter
+from goat_ds.manifest import write_manifest
 from tests.export.conftest import TOKENS, Trained, become_static, train
 
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
@@ -42,6 +43,18 @@ def test_the_exported_adapter_gives_the_trained_logits_bit_for_bit(tmp_path: Pat
     routed = peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(routed(input_ids=TOKENS).logits, trained.logits())
+
+
+def test_an_adapter_that_is_not_as_its_checkpoint_was_written_does_not_leave(tmp_path: Path, trained: Trained) -> None:
+    checkpoint = trained.adapter.parent
+    write_manifest(checkpoint)
+    export_adapter(trained.adapter, output=tmp_path / "whole")
+    content = bytearray((trained.adapter / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (trained.adapter / WEIGHTS).write_bytes(content)
+    with pytest.raises(ExportError, match=rf"{WEIGHTS} is damaged: its SHA-256 is not the one in manifest.json"):
+        export_adapter(trained.adapter, output=tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_tokenizer_and_card_are_added_and_the_base_is_renamed_on_request(tmp_path: Path, trained: Trained) -> None:

@@ -43,7 +43,7 @@ READ_ONLY = Fault("a folder that cannot be written to", 1, "nothing: refused bef
 DAMAGED = Fault(
     "a checkpoint that is damaged, cut short, incomplete or not what it says", 15, "it is passed over, by name"
 )
-OTHER_MODEL = Fault("a checkpoint of another model", 1, "nothing: refused before training")
+OTHER_MODEL = Fault("another model, other weights or other data", 3, "nothing: refused before training")
 FAULTS = (
     KILL_IN_SAVE, KILL_ONE, KILL_ALL, KILL_IN_RESUME, SIGNALS, SECOND_SIGTERM, ELASTIC, FULL_DISK, READ_ONLY, DAMAGED,
     OTHER_MODEL,
@@ -105,9 +105,9 @@ class Laboratory:
         return run
 
 
-def write_base(folder: Path, *, hidden_size: int) -> None:
+def write_base(folder: Path, *, hidden_size: int, seed: int = 0) -> None:
     """Write a LLaMA of one layer with random weights and the demo's tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=hidden_size,

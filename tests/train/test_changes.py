@@ -162,6 +162,12 @@ def test_a_line_that_a_full_disk_does_not_take_is_lost_whole_and_told(
     assert f"{path}: a line was not written: No space left on device" in "".join(capsys.readouterr())
 
 
+def test_a_disk_without_a_byte_left_does_not_end_a_run_by_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    with FileIO("/dev/full", "wb") as file:
+        _append(file, b'{"step": 1}\n')
+    assert "/dev/full: a line was not written: No space left on device" in "".join(capsys.readouterr())
+
+
 def test_what_a_killed_run_left_half_done_is_swept_and_nothing_else(tmp_path: Path) -> None:
     for name in (".checkpoint-3.tmp", ".checkpoint-1.surplus", "checkpoint-2", "checkpoint-1.damaged"):
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Start
-from goat_ds.train.config import Schedule, TrainConfig, parse, ranks_from_environment
+from goat_ds.train.config import Schedule, TrainConfig, build_locks, parse, ranks_from_environment
 from goat_ds.tuner.quantized import Packing
 from goat_ds.zero.ds_config import Precision
 
@@ -280,3 +280,11 @@ def test_the_flags_of_a_4bit_base_say_how_it_is_packed() -> None:
     wider = parse(["--load_in_4bit", "--bnb_4bit_compute_dtype", "fp32"]).quantization()
     assert wider is not None and wider.compute_dtype == "float32"
     assert parse([]).quantization() is None
+
+
+def test_locks_of_builds_are_found_where_torch_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert build_locks() == []
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    assert build_locks() == [tmp_path / "cpu_adam" / "lock"]

@@ -23,6 +23,7 @@ from tests.train.faults import (
     assert_same_end,
     copy_of,
     steps_saved,
+    trajectory,
     write_base,
 )
 
@@ -84,7 +85,7 @@ def test_a_disk_that_fills_up_inside_a_save_costs_that_checkpoint_only(
         run.wait_until(lambda: "going on without" in run.output())
         ballast.unlink()
     assert run.wait() == ([1, 1] if choice == "stop" else [0, 0]), run.output()
-    assert "checkpoint-2 was not written" in run.output() and "there is no earlier checkpoint" in run.output()
+    assert "checkpoint-2 was not written" in run.output() and "there is no checkpoint from before it" in run.output()
     assert not list(folder.glob(f"{TEMPORARY}*"))
     assert steps_saved(folder) == ([] if choice == "stop" else [4])
     ballast.unlink(missing_ok=True)
@@ -213,14 +214,59 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(laboratory: Laborator
     assert re.search(rf"resume: .*{NEWEST}/{STATE} is damaged", run.output()), run.output()
 
 
+OTHERS: dict[str, tuple[str, str]] = {
+    "another model": ("model", rf"resume \(.*{NEWEST}\) is of another model or adapter"),
+    "other weights": ("model", r"model \(.*\) has other weights than the base that the run began with"),
+    "other data": ("data", r"data \(.*\) is not what the run was trained on before"),
+}
+
+
+@pytest.fixture(scope="module")
+def others(laboratory: Laboratory) -> dict[str, Path]:
+    """What a run cannot go on with."""
+    root = laboratory.root / "others"
+    write_base(root / "another model", hidden_size=128)
+    write_base(root / "other weights", hidden_size=64, seed=1)
+    lines = (laboratory.root / "data.jsonl").read_text().splitlines(keepends=True)
+    (root / "data.jsonl").write_text("".join(reversed(lines)))
+    return {name: root / name for name in OTHERS} | {"other data": root / "data.jsonl"}
+
+
 @pytest.mark.slow
-def test_a_checkpoint_of_another_model_is_refused(laboratory: Laboratory, whole: Path) -> None:
-    write_base(laboratory.root / "wider", hidden_size=128)
-    other = {"resume": str(whole / NEWEST), "model": str(laboratory.root / "wider")}
-    run = laboratory.start(laboratory.folder(), SHORT | other, world_size=1)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_goes_on_with_its_own_model_and_data_only(
+    name: str, others: dict[str, Path], laboratory: Laboratory, whole: Path
+) -> None:
+    flag, told = OTHERS[name]
+    folder = copy_of(whole, laboratory)
+    shutil.rmtree(folder / NEWEST)
+    run = laboratory.start(folder, SHORT | {flag: str(others[name])}, world_size=1)
     assert run.wait() == [2]
-    assert re.search(rf"resume \(.*{NEWEST}\) is of another model or adapter", run.output()), run.output()
+    assert re.search(told.replace(NEWEST, BEFORE), run.output()), run.output()
+    assert trajectory(folder) == trajectory(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["other weights", "other data"])
+def test_a_change_that_is_allowed_is_told_and_taken(
+    name: str, others: dict[str, Path], laboratory: Laboratory, whole: Path
+) -> None:
+    flag, told = OTHERS[name]
+    folder = copy_of(whole, laboratory)
+    shutil.rmtree(folder / NEWEST)
+    run = laboratory.finish(folder, SHORT | {flag: str(others[name]), "allow_changed": "true"})
+    assert re.search(f"resume: changed: {told}", run.output()), run.output()
+    assert steps_saved(folder) == steps_saved(whole)
+    assert trajectory(folder)[:2] == trajectory(whole)[:2] and trajectory(folder)[2:] != trajectory(whole)[2:]
+
+
+@pytest.mark.slow
+def test_no_more_checkpoints_are_kept_than_asked_for(laboratory: Laboratory, whole: Path) -> None:
+    folder = laboratory.folder()
+    laboratory.finish(folder, SHORT | {"save_total_limit": "1"})
+    assert steps_saved(folder) == steps_saved(whole)[-1:] != steps_saved(whole)
+    assert_same_end(folder, whole)
 
 
 def test_as_much_is_damaged_as_the_readme_says() -> None:
-    assert (FULL_DISK.times, READ_ONLY.times, DAMAGED.times, OTHER_MODEL.times) == (2, 1, len(DAMAGES), 1)
+    assert (FULL_DISK.times, READ_ONLY.times, DAMAGED.times, OTHER_MODEL.times) == (2, 1, len(DAMAGES), len(OTHERS))

@@ -1,6 +1,7 @@
 """The launch files that are shipped, run as far as one machine can."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,31 @@ def test_ranks_that_torchrun_starts_again_find_each_other_every_time(tmp_path: P
     done = torchrun_node(*flags, RESTARTS="4")
     assert done.returncode == 1
     assert done.stderr.count("no record is left to train on") == 5, done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_torchrun_is_started_again_and_the_run_ends_by_itself(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*FLAGS, *caches(tmp_path), "--max_steps", "60", "--save_steps", "10", "--output_dir", str(run)]
+    with (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen(
+            ["launch/torchrun_node.sh", *flags],
+            env=cpu_environment(PATH=BIN, FIRST_NODE="localhost", RANKS="2", PORT=str(free_port())),
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: (run / "checkpoint-10").exists(), job)
+        victim = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
+        os.kill(victim, signal.SIGKILL)
+        assert job.wait(timeout=300) == 0, (tmp_path / "out").read_text()
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert re.search(rf"from {run}/checkpoint-[1-5]0,", (tmp_path / "out").read_text())
+    assert len(losses_of(run)) == 60 and (run / "checkpoint-60").exists()
 
 
 def slurm_environment(tmp_path: Path, **more: str) -> dict[str, str]:

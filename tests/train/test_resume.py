@@ -1,5 +1,6 @@
 """Resumed equals uninterrupted, bit for bit, on the same ranks and under the same stage."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SAME: dict[str, dict[str, str]] = {
     "zero1 fp32, accumulated": {"ds_config": "ds_configs/zero1.json"} | FP32 | {"grad_accum_steps": "2"},
     "offload bf16": {"ds_config": "ds_configs/zero3_offload.json"} | BF16,
     "zero3 4-bit, folded": ZERO3 | BF16 | FOUR_BIT | {"residual": "fold"},
+    "zero0 bf16": {"ds_config": "zero0.json"} | BF16,
     "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"},
     "dense just then": ZERO3 | FP32 | {"dense_finish": "0.5", "max_length": "256"},
 }
@@ -39,6 +41,8 @@ SAME: dict[str, dict[str, str]] = {
 def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
     places = {"output_dir": folder, "svd_cache": folder.parent / "svd", "token_cache": folder.parent / "tokens"}
     flags = COMMON | settings | {name: str(path) for name, path in places.items()}
+    if flags["ds_config"] == "zero0.json":
+        flags["ds_config"] = str(folder.parent / "zero0.json")
     return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 
@@ -67,6 +71,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every variant on two ranks, then each again from its middle; give the folder of all of them."""
     root = tmp_path_factory.mktemp("resume")
+    (root / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     run_many([flags_of(root / name, settings) for name, settings in SAME.items()], world_size=2, folder=root)
     again = [
         [*flags_of(interrupted_copy(root / name, root / f"{name} again"), settings), "--resume", "auto"]
