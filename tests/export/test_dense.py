@@ -21,7 +21,8 @@ from goat_ds.data.sample import SAMPLE_FEATURES, SAMPLE_NAME, Sample, load_sampl
 from goat_ds.export import Fit, Fitting, MergeBase, export_dense, export_lora, fit, read_adapter, refine
 from goat_ds.export.base import find_base
 from goat_ds.export.tokens import packs_of
-from goat_ds.export.trained import load_trained
+from goat_ds.export.trained import STATIC, load_trained
+from goat_ds.method.spectrum import Factors
 from goat_ds.tuner.model import named_experts
 from tests.export.conftest import (
     ARCHITECTURES,
@@ -303,6 +304,35 @@ def test_refinement_makes_the_divergence_smaller_and_says_by_how_much(
     report = report_of(tmp_path / "out")
     assert report["refine_kept"] and report["refine_steps"] == 40
     assert report["merged"]["kl"] < 0.95 * report["fitted"]["kl"]
+
+
+def test_refinement_follows_the_mean_divergence_at_labels_and_that_at_other_positions(kept: Trained) -> None:
+    adapter = read_adapter(kept.adapter)
+    base = find_base(adapter, weights=True)
+    model = load_trained(adapter, base, MergeBase.W16, dtype=torch.float32)
+    sample = load_sample(kept.adapter.parent / SAMPLE_NAME)
+    packs = packs_of(sample.calibration, base, max_length=sample.max_length)
+    batch = next(row for row in packs.micro_batches(shared=False) if len(row.label_index))
+    others = torch.arange(2)
+    model.set_static({path: Factors(e.A.detach() / 4, e.B.detach()) for path, e in model.experts().items()})
+    factors = [factor for experts in model.experts(STATIC).values() for factor in (experts.A, experts.B)]
+    kl = refine._gradients(model, batch, others, factors)
+    found = [factor.grad for factor in factors]
+    for factor in factors:
+        factor.grad = None
+
+    def log_probs() -> Tensor:
+        output = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        return torch.log_softmax(output.logits[0], dim=-1)
+
+    wanted = log_probs().detach()
+    with model.computing_with(STATIC):
+        for factor in factors:
+            factor.requires_grad_(True)
+        kl_T = (wanted.exp() * (wanted - log_probs())).sum(-1)
+        (kl_T[batch.label_index].mean() + kl_T[others].mean()).backward()
+    torch.testing.assert_close(kl, kl_T[batch.label_index].mean().detach())
+    torch.testing.assert_close(found, [factor.grad for factor in factors])
 
 
 def test_refinement_looks_at_other_positions_than_labels_and_at_others_each_time() -> None:

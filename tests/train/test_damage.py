@@ -198,6 +198,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(name: str, laboratory: Labo
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(laboratory: Laboratory, whole: Path) -> None:
     folder = copy_of(whole, laboratory)
     flip(STATE)(folder / NEWEST)
+    # What a save of a step that is not saved again would leave.
+    (folder / f"{TEMPORARY}99.tmp").mkdir()
     run = laboratory.finish(folder, SHORT)
     assert f"passed over {NEWEST}" in run.output()
     assert_same_end(folder, whole)
@@ -258,6 +260,18 @@ def test_a_change_that_is_allowed_is_told_and_taken(
     assert re.search(f"resume: changed: {told}", run.output()), run.output()
     assert steps_saved(folder) == steps_saved(whole)
     assert trajectory(folder)[:2] == trajectory(whole)[:2] and trajectory(folder)[2:] != trajectory(whole)[2:]
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(laboratory: Laboratory, whole: Path) -> None:
+    folder = laboratory.folder()
+    running = laboratory.start(folder, SHORT, crash=CrashPlan(at=2, signal=None, pause=40))
+    running.wait_until(lambda: len(running.touches()) == 2)
+    second = laboratory.start(folder, SHORT | {"timeout_minutes": "0.2"}, printed=laboratory.folder())
+    assert second.wait() == [2, 2], second.output()
+    assert f"output_dir ({folder}) is in use by another run; end that run first" in second.output()
+    assert running.wait() == [0, 0], running.output()
+    assert_same_end(folder, whole)
 
 
 @pytest.mark.slow
