@@ -22,6 +22,7 @@ from tests.train.faults import (
     Laboratory,
     assert_same_end,
     copy_of,
+    steps_logged,
     steps_saved,
     trajectory,
     write_base,
@@ -87,6 +88,7 @@ def test_a_disk_that_fills_up_inside_a_save_costs_that_checkpoint_only(
     assert run.wait() == ([1, 1] if choice == "stop" else [0, 0]), run.output()
     assert "checkpoint-2 was not written" in run.output() and "there is no checkpoint from before it" in run.output()
     assert not list(folder.glob(f"{TEMPORARY}*"))
+    assert steps_logged(folder) == (2 if choice == "stop" else 4)
     assert steps_saved(folder) == ([] if choice == "stop" else [4])
     ballast.unlink(missing_ok=True)
     laboratory.finish(folder, settings)
