@@ -17,7 +17,7 @@ demo: setup
 	python launch/demo.py
 
 test: setup lint
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes seconds, for every change.
 quick: setup
