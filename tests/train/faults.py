@@ -36,7 +36,7 @@ KILL_IN_RESUME = Fault("`kill -9` while a checkpoint is read", 4, "nothing more"
 SIGNALS = Fault("SIGTERM or SIGUSR1 to one rank or to all", 4, "nothing: the running step is saved, exit code 75")
 SECOND_SIGTERM = Fault("a second SIGTERM during a save", 1, "the running step: exit code 143 at once")
 ELASTIC = Fault(
-    "other ranks, stage and offload at every start: 2, 1, 1, 3, 2 ranks", 4, "nothing: losses equal to rounding"
+    "other ranks, stage and offload at every start: 2, 1, 1, 3 ranks", 4, "nothing: losses equal to rounding"
 )
 FULL_DISK = Fault("a disk that becomes full inside a save", 2, "that checkpoint; the run stops, or goes on if told to")
 READ_ONLY = Fault("a folder that cannot be written to", 1, "nothing: refused before training")
