@@ -236,14 +236,20 @@ def others(laboratory: Laboratory) -> dict[str, Path]:
     return {name: root / name for name in OTHERS} | {"other data": root / "data.jsonl"}
 
 
+def interrupted(whole: Path, laboratory: Laboratory) -> Path:
+    """Give a run's folder as it is without its last checkpoint."""
+    folder = copy_of(whole, laboratory)
+    shutil.rmtree(folder / NEWEST)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_goes_on_with_its_own_model_and_data_only(
     name: str, others: dict[str, Path], laboratory: Laboratory, whole: Path
 ) -> None:
     flag, told = OTHERS[name]
-    folder = copy_of(whole, laboratory)
-    shutil.rmtree(folder / NEWEST)
+    folder = interrupted(whole, laboratory)
     run = laboratory.start(folder, SHORT | {flag: str(others[name])}, world_size=1)
     assert run.wait() == [2]
     assert re.search(told.replace(NEWEST, BEFORE), run.output()), run.output()
@@ -256,8 +262,7 @@ def test_a_change_that_is_allowed_is_told_and_taken(
     name: str, others: dict[str, Path], laboratory: Laboratory, whole: Path
 ) -> None:
     flag, told = OTHERS[name]
-    folder = copy_of(whole, laboratory)
-    shutil.rmtree(folder / NEWEST)
+    folder = interrupted(whole, laboratory)
     run = laboratory.finish(folder, SHORT | {flag: str(others[name]), "allow_changed": "true"})
     assert re.search(f"resume: changed: {told}", run.output()), run.output()
     assert steps_saved(folder) == steps_saved(whole)
