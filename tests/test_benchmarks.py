@@ -1,10 +1,13 @@
 """Every benchmark runs to its table; what it measures on tiny shapes means nothing."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from benchmarks.results import RESULTS, TABLE, Row, with_table
 from tests.launching import REPOSITORY, cpu_environment
 
 SMALLEST = {
@@ -28,15 +31,57 @@ SMALLEST = {
 }
 
 
-def test_every_benchmark_is_tried() -> None:
-    assert SMALLEST.keys() == {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+def test_every_benchmark_is_tried_and_run_by_make_bench() -> None:
+    scripts = {path.name for path in BENCHMARKS.glob("*.py")} - {"results.py"}
+    assert SMALLEST.keys() == scripts
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert all(f"python benchmarks/{name}\n" in makefile for name in scripts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
-def test_a_benchmark_prints_its_table(name: str) -> None:
-    command = [sys.executable, f"benchmarks/{name}", *SMALLEST[name]]
+def test_a_benchmark_prints_its_table_and_appends_it(name: str, tmp_path: Path) -> None:
+    table_before, results = TABLE.read_text(), tmp_path / "results.jsonl"
+    command = [sys.executable, f"benchmarks/{name}", *SMALLEST[name], "--results", str(results)]
     done = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "ratio" in done.stdout
-    assert len(done.stdout.splitlines()) > 3
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert found
+    for line in found:
+        assert line["script"] == name and line["flags"] and line["question"] in done.stdout
+        assert len(line["ours"]) == len(line["rival"]) > 0
+    assert TABLE.read_text() == table_before
+
+
+def test_the_page_shows_the_newest_rows() -> None:
+    found = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    assert with_table(TABLE.read_text(), found) == TABLE.read_text()
+
+
+def test_a_ratio_is_the_median_over_pairs_and_is_held_to_its_target() -> None:
+    row = Row(question="a, against b", ours=(1.0, 4.0, 3.0), rival=(2.0, 4.0, 1.0), unit="s", at_most=0.9)
+    assert row.ratio == 1.0
+    assert row.quartiles == (0.75, 2.0)
+    assert row.cells()[-1] == "≤ 0.9: **missed**"
+    within = Row(question="planned", ours=(95.0,), rival=(100.0,), unit="MiB", at_least=0.9, at_most=1.1)
+    assert within.cells() == ["planned", "95 MiB", "100 MiB", "0.950", "", "≥ 0.9, ≤ 1.1: met"]
+
+
+def test_the_table_shows_the_newest_row_of_a_run_without_flags() -> None:
+    about = {
+        "script": "a.py",
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "c0ffee",
+        "at_most": 1.0,
+        "at_least": None,
+    }
+    lines = [
+        {**about, "flags": flags, "question": "a, against b", "ours": [ours], "rival": [1.0], "unit": "s"}
+        for flags, ours in (([], 3.0), ([], 2.0), (["--layers 1"], 1.0))
+    ]
+    page = with_table("above <!-- table: begin --> old <!-- table: end --> below", lines)
+    assert page.startswith("above ") and page.endswith(" below") and "old" not in page
+    assert "| a, against b | 2 s | 1 s | 2.000 |  | ≤ 1: **missed** | `a.py`, 2026-01-01, c0ffee |" in page
