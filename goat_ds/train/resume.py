@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, told_everywhere
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.zero import ranks
 from goat_ds.zero.checkpoint import Candidate, Checkpoint, checkpoint_steps, newest_whole, read_checkpoint
-from goat_ds.zero.ranks import Ranks
+from goat_ds.zero.ranks import Ranks, say
 
 # What a run may change without becoming another one: places, watching, and how the same arithmetic is done. Data and
 # base are known by content, and the packs of a step are held by themselves.
@@ -156,3 +156,29 @@ def set_damaged_aside(damaged: list[Candidate], processes: Ranks) -> None:
 def _free_name(folder: Path) -> Path:
     names = (folder.with_name(f"{folder.name}.damaged{number or ''}") for number in range(10**6))
     return next(name for name in names if not name.exists())
+
+
+def allow_or_refuse(config: TrainConfig, processes: Ranks, change: str) -> None:
+    """Say what has changed since the run began, which every rank sees alike, or refuse it.
+
+    Raises:
+        ConfigError: ``allow_changed`` is not given.
+    """
+    if not config.allow_changed:
+        raise told_everywhere(f"{change}, or give --allow_changed")
+    say(processes, f"resume: changed: {change}")
+
+
+def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int | None) -> None:
+    """Hold that a checkpoint is dense or routed as the settings have it at its step.
+
+    Raises:
+        ConfigError: it is not, because ``dense_finish`` or the length of the run was changed.
+    """
+    is_dense = finish_after is not None and checkpoint.step > finish_after
+    if is_dense == checkpoint.is_routed:
+        found, wanted = ("routed", "dense") if is_dense else ("dense", "routed")
+        raise told_everywhere(
+            f"dense_finish ({config.dense_finish}) makes the run {wanted} after step {checkpoint.step}, and "
+            f"{checkpoint.folder} is {found}; finish after the step where it was finished, or after the checkpoint's"
+        )

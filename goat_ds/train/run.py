@@ -17,14 +17,16 @@ from goat_ds.train.config import (
     ranks_from_environment,
     world_rank_from_environment,
 )
-from goat_ds.train.loop import RunMemory, digest_on_first, load_all_tokens, say, train
+from goat_ds.train.loop import train
 from goat_ds.train.preflight import problems
 from goat_ds.train.resume import look
+from goat_ds.train.saving import RunMemory
 from goat_ds.train.signals import INTERRUPTED, Signals
+from goat_ds.train.tokens import digest_on_first, load_all_tokens
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import ds_config, nodes, ranks
 from goat_ds.zero.lock import locked
-from goat_ds.zero.ranks import Ranks
+from goat_ds.zero.ranks import Ranks, say
 from goat_ds.zero.watch import Watch, watching
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from goat_ds.errors import ConfigError, TrainingError
 
@@ -180,3 +181,10 @@ def first_on_node_then_others(ranks: Ranks, work: Callable[[], T]) -> T:
     first = together(lambda: work() if ranks.is_first_on_node else None)
     then = together(lambda: None if ranks.is_first_on_node else work())
     return first if ranks.is_first_on_node else then  # type: ignore[return-value]
+
+
+def say(processes: Ranks, *lines: str) -> None:
+    """Print on the first rank, beside its progress bars."""
+    if processes.is_first:
+        for line in lines:
+            tqdm.write(line)

@@ -11,8 +11,8 @@ import pytest
 from goat_ds.errors import ConfigError
 from goat_ds.train import resume
 from goat_ds.train.config import TrainConfig, parse
-from goat_ds.train.loop import check_phase
 from goat_ds.train.metrics import _append, _set_redone_aside
+from goat_ds.train.resume import check_phase
 from goat_ds.zero import lock
 from goat_ds.zero.checkpoint import Checkpoint, keep_newest, sweep
 from goat_ds.zero.ranks import Ranks

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from goat_ds.data import batches
+from goat_ds.train.build import build, schedule_of
 from goat_ds.train.config import parse, ranks_from_environment
-from goat_ds.train.loop import batch_plan, build, load_all_tokens, schedule_of
 from goat_ds.train.objective import label_loss_sum, objective
 from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.tokens import batch_plan, load_all_tokens
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import ranks

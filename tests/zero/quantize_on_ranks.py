@@ -20,8 +20,8 @@ import torch.distributed
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from goat_ds.train.build import build
 from goat_ds.train.config import parse, ranks_from_environment
-from goat_ds.train.loop import build
 from goat_ds.tuner.base_quantization import plain_path
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear

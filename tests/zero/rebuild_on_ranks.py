@@ -17,10 +17,11 @@ import torch
 from transformers import get_scheduler
 
 from goat_ds.data import batches
+from goat_ds.train.build import build
 from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
-from goat_ds.train.loop import batch_plan, build, load_all_tokens
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.tokens import batch_plan, load_all_tokens
 from goat_ds.zero import engine as engines
 from goat_ds.zero import ranks
 from goat_ds.zero.checkpoint import save_checkpoint

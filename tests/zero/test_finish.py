@@ -15,7 +15,7 @@ from goat_ds import ConfigError, GoatConfig, demo
 from goat_ds.data import BatchPlan
 from goat_ds.export import export_exact, read_adapter
 from goat_ds.method.static import Moments
-from goat_ds.train.loop import num_tokens_until
+from goat_ds.train.tokens import num_tokens_until
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import finish
 from goat_ds.zero.engine import ADAPTER_NAME
