@@ -26,7 +26,7 @@ SMALLEST = {
         "2",
     ],
     "loss.py": ["--tokens", "32", "--vocabulary", "128", "--repetitions", "2"],
-    "base_4bit_memory.py": ["--ranks", "1", "2", "--layers", "1", "--hidden", "128", "--intermediate", "256"],
+    "base_4bit_memory.py": ["--layers", "1", "--hidden", "128", "--intermediate", "256"],
     "base_4bit_step.py": ["--shapes", "gemma-3-270m", "--tokens", "16", "--repetitions", "2"],
     "checkpoint.py": ["--layers", "1", "--tokens", "16", "--repetitions", "2"],
 }
