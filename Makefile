@@ -31,6 +31,7 @@ lint: setup
 bench: setup
 	python benchmarks/layer.py
 	python benchmarks/startup.py
+	python benchmarks/loss.py
 	python benchmarks/export.py
 	python benchmarks/base_4bit_memory.py
 	python benchmarks/base_4bit_step.py

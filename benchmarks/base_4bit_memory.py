@@ -1,6 +1,6 @@
 """What does a rank hold of a 4-bit base, while it is loaded and afterwards?
 
-    python benchmarks/base_4bit_memory.py [--ranks 1 2 4] [--layers 8] [--hidden 1024] [--intermediate 2816]
+    python benchmarks/base_4bit_memory.py [--ranks 2] [--layers 8] [--hidden 1024] [--intermediate 2816]
 
 Every way and number of ranks runs in fresh processes, under ZeRO-3 in bf16, on a LLaMA with random weights:
 
@@ -8,10 +8,9 @@ Every way and number of ranks runs in fresh processes, under ZeRO-3 in bf16, on 
     shards  the same from 16-bit shards, which is how a base of another dtype is loaded
     hf      transformers with BitsAndBytesConfig on every rank, then PEFT's LoRA on it and deepspeed.initialize
 
-Tensors are counted exactly, by their storages, on the thread that loads. What a mapped file lends costs a process no
-memory and is not counted. The allowance of the peak is the rank's bf16 shard of the base, its shard of the experts, and
-two whole copies of the largest weight. Workspace inside a library's operator is no tensor that could be counted; it
-shows in the growth of the process's anonymous memory, which is printed beside.
+The answers are those of the rank that holds most. Tensors are counted by their storages, on the thread that loads,
+without the workspace of the decompositions. The allowance of the peak is the rank's bf16 shard of the base, its shard
+of the experts, and two whole copies of the largest weight.
 """
 
 import argparse
@@ -22,20 +21,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import deepspeed
+import results
 import torch
 import torch.distributed
+from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from results import Row
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -50,25 +47,12 @@ from goat_ds.zero import ds_config, partition, quantize, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.ranks import Ranks
 
-WAYS = ("mapped", "shards", "hf")
-TARGETS = {"held": 1.02, "bits": 4.6, "peak": 1.0}
+OURS = {"mapped": "mapped files", "shards": "16-bit shards"}
+RIVAL = "hf"
 TOKENS = 32
 VOCABULARY = 32000
 SMALL = "small"
 MIB = 2**20
-
-
-class Loading(NamedTuple):
-    """What loading a base took on this rank, in bytes."""
-
-    peak: int
-    """All live tensors at the worst moment, without the decompositions' workspace."""
-    peak_with_workspace: int
-    """The same with it."""
-    after: int
-    """All live tensors afterwards."""
-    anonymous_peak: int
-    """Growth of the process's anonymous memory."""
 
 
 class Held(NamedTuple):
@@ -82,147 +66,38 @@ class Held(NamedTuple):
     """Of the quantised layers after a step; None where there was none."""
     kept: int | None
     """Of gathered quantised layers, between the forward and the backward of the step."""
-    failure: str
-    """Why there was no step."""
-    allowance: int
-    """What ``peak`` may be."""
     peak: int
-    peak_with_workspace: int
-    after: int
-    anonymous_peak: int
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator on this thread has made and that is still there.
-
-    Args:
-        only: Count tensors of this dtype alone.
-    """
-
-    def __init__(self, *, only: torch.dtype | None = None) -> None:
-        super().__init__()
-        self._only = only
-        self._bytes: dict[int, int] = {}
-        self._is_workspace: set[int] = set()
-        self._in_workspace = False
-        self.held = self.workspace = self.peak = self.peak_with_workspace = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A view of what was there before is nothing new.
-        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(outputs):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known | self._bytes.keys() and self._only in (None, tensor.dtype):
-                # safetensors gives a tensor a part of a mapped file; nothing else sets storages.
-                is_lent = func is torch.ops.aten.set_.source_Storage and is_mapped(tensor)
-                self._count(storage, num_bytes=0 if is_lent else storage.nbytes())
-        return outputs
-
-    def _count(self, storage: torch.UntypedStorage, *, num_bytes: int) -> None:
-        key = storage._cdata
-        self._bytes[key] = num_bytes
-        if self._in_workspace:
-            self._is_workspace.add(key)
-        self._add(key, num_bytes)
-        weakref.finalize(storage, self._forget, key).atexit = False
-
-    def _add(self, key: int, num_bytes: int) -> None:
-        if key in self._is_workspace:
-            self.workspace += num_bytes
-        else:
-            self.held += num_bytes
-        self.peak = max(self.peak, self.held)
-        self.peak_with_workspace = max(self.peak_with_workspace, self.held + self.workspace)
-
-    def _forget(self, key: int) -> None:
-        self._add(key, -self._bytes.pop(key))
-        self._is_workspace.discard(key)
-
-    def as_workspace(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Give a function whose tensors, results included, count as workspace."""
-
-        def counted(*args: Any) -> Any:
-            self._in_workspace = True
-            try:
-                return work(*args)
-            finally:
-                self._in_workspace = False
-
-        return counted
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """Give the tensors in nested values that have memory."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's bytes lie in a file that is mapped into memory."""
-    address = tensor.untyped_storage().data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, *_, inode = line.split()[:5]
-        first, last = (int(number, 16) for number in place.split("-"))
-        if first <= address < last:
-            return inode != "0"
-    return False
-
-
-class AnonymousMemory(threading.Thread):
-    """Watches how far this process's anonymous resident memory grows, looking every 2 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._before = self._most = self._now()
-        self._stopped = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        """Look until stopped."""
-        while not self._stopped.wait(0.002):
-            self._most = max(self._most, self._now())
-
-    def stop(self) -> int:
-        """Stop; give the growth in bytes."""
-        self._stopped.set()
-        self.join()
-        return self._most - self._before
-
-    def _now(self) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("/proc/self/status holds no RssAnon")
+    """All live tensors at the worst moment of loading."""
+    allowance: int = 0
+    """What ``peak`` may be; of ours."""
+    failure: str = ""
+    """Why there was no step."""
 
 
 def main() -> None:
     """Start each way in processes of its own, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--ways", choices=WAYS, nargs="*", default=list(WAYS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2])
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of the base")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    results.add_flag(parser)
     arguments = parser.parse_args()
     if arguments.base:
-        measure(arguments.base, arguments.ways[0])
+        measure(arguments.base, arguments.way)
         return
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_base(base / SMALL, num_layers=1, hidden=256, intermediate=512)
-        size = write_base(
-            base, num_layers=arguments.layers, hidden=arguments.hidden, intermediate=arguments.intermediate
-        )
-        print(f"{size / 1e6:.0f} M parameters, {2 * size / MIB:.0f} MiB in bf16")
-        print_head()
-        for world_size in arguments.ranks:
-            for way in arguments.ways:
-                print_row(world_size, way, run(base, way, world_size=world_size))
+        write_base(base, num_layers=arguments.layers, hidden=arguments.hidden, intermediate=arguments.intermediate)
+        rows = [row for world_size in arguments.ranks for row in rows_of(base, world_size)]
+    results.publish(rows, parser=parser, arguments=arguments)
 
 
-def write_base(folder: Path, *, num_layers: int, hidden: int, intermediate: int) -> int:
-    """Write a LLaMA with a small vocabulary; give the number of its parameters."""
+def write_base(folder: Path, *, num_layers: int, hidden: int, intermediate: int) -> None:
+    """Write a LLaMA with a small vocabulary."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -232,17 +107,14 @@ def write_base(folder: Path, *, num_layers: int, hidden: int, intermediate: int)
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return model.num_parameters()
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def run(base: Path, way: str, *, world_size: int) -> list[Held]:
     """Run one way in fresh processes; give what each rank held."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = [*launcher, __file__, "--base", str(base), "--ways", way]
-    # With a fixed threshold, what is freed goes back to the system, and anonymous memory is what is in use.
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [*launcher, __file__, "--base", str(base), "--way", way]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{way} on {world_size} ranks failed:\n{done.stdout[-6000:]}")
@@ -258,7 +130,7 @@ def measure(base_folder: Path, way: str) -> None:
     filled = filled_ds_config(config, processes)
     held = (
         by_transformers(base_folder, filled)
-        if way == "hf"
+        if way == RIVAL
         else by_us(base_folder, filled, processes, mapped=way == "mapped")
     )
     (base_folder / f"rank{processes.world_rank}.json").write_text(json.dumps(held._asdict()))
@@ -266,16 +138,14 @@ def measure(base_folder: Path, way: str) -> None:
     ranks.leave()
 
 
-def watched(load: Callable[[Path], Any], base_folder: Path) -> tuple[Any, Loading]:
-    """Load a base; say what that took. A smaller one first brings in the libraries and the kernels' buffers."""
+def watched(load: Callable[[Path], Any], base_folder: Path) -> tuple[Any, int]:
+    """Load a base; give it and the peak. A smaller one first brings in what the libraries keep."""
     load(base_folder / SMALL)
     gc.collect()
-    memory, live = AnonymousMemory(), LiveTensors()
-    with live, patch.object(starts, "decompose", live.as_workspace(starts.decompose)):
+    live = LiveTensors()
+    with live, patch.object(starts, "decompose", live.without(starts.decompose)):
         model = load(base_folder)
-    anonymous_peak = memory.stop()
-    gc.collect()
-    return model, Loading(live.peak, live.peak_with_workspace, live.held, anonymous_peak)
+    return model, live.peak
 
 
 def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *, mapped: bool) -> Held:
@@ -303,7 +173,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *,
         )
         return model
 
-    model, loading = watched(load, base_folder)
+    model, peak = watched(load, base_folder)
     loaded = quantize.measure(model)
     experts = [item.experts for item in named_experts(model, engines.ADAPTER_NAME)]
     of_experts = sum(partition.resident_bytes(parameter) for item in experts for parameter in item.parameters())
@@ -316,9 +186,8 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *,
         loaded=loaded.bytes_here,
         trained=quantize.measure(model).bytes_here,
         kept=kept,
-        failure="",
+        peak=peak,
         allowance=allowance_of(base_folder, world_size=processes.world_size) + of_experts,
-        **loading._asdict(),
     )
 
 
@@ -336,7 +205,7 @@ def by_transformers(base_folder: Path, engine_config: dict[str, Any]) -> Held:
 
     # transformers finds it through a weak reference.
     sharding = HfDeepSpeedConfig(engine_config)
-    base, loading = watched(load, base_folder)
+    base, peak = watched(load, base_folder)
     layers = [layer for _, layer in layers_to_quantize(base, kept=())]
     loaded = sum(map(bytes_of_4bit, layers))
     trained, kept, failure = None, None, ""
@@ -351,9 +220,8 @@ def by_transformers(base_folder: Path, engine_config: dict[str, Any]) -> Held:
         loaded=loaded,
         trained=trained,
         kept=kept,
+        peak=peak,
         failure=failure,
-        allowance=allowance_of(base_folder, world_size=torch.distributed.get_world_size()),
-        **loading._asdict(),
     )
 
 
@@ -393,38 +261,45 @@ def allowance_of(base_folder: Path, *, world_size: int) -> int:
     return 2 * (sum(math.ceil(size / world_size) for size in sizes) + 2 * max(sizes))
 
 
-def print_head() -> None:
-    """Say what the columns are."""
-    print("MiB of the rank that holds most")
-    print("loaded, trained: the 4-bit layers after loading and after a step; ideal: 4.5 bits a value / ranks")
-    print("kept: of the 4-bit layers, whole between forward and backward; live: all tensors after loading")
-    print("peak: all tensors while loading, then with the decompositions' workspace, then anonymous memory")
-    columns = ("loaded", "/ ideal", "trained", "/ ideal", "bits", "kept", "live", "peak", "allowed", "ratio")
-    print(f"{'ranks':>5}  {'way':<6}{''.join(f'{name:>8}' for name in (*columns, '+ work', 'anon'))}")
-    targets = ("", TARGETS["held"], "", TARGETS["held"], TARGETS["bits"], "", "", "", "", TARGETS["peak"])
-    print(f"{'':5}  {'target'}{''.join(f'{target:>8}' for target in targets)}")
+def rows_of(base: Path, world_size: int) -> list[Row]:
+    """Run every way on a number of ranks; give the answers."""
+    found = {way: run(base, way, world_size=world_size) for way in (*OURS, RIVAL)}
+    for failure in sorted({held.failure for held in found[RIVAL] if held.failure}):
+        print(f"transformers and PEFT on {world_size} ranks made no step: {failure}", flush=True)
+    where = {way: f"on {world_size} ranks from {words}" for way, words in OURS.items()}
+    rows = [row for way in OURS for row in rows_against_ideal(where[way], found[way])]
+    return rows + rows_against_rival(where["mapped"], found["mapped"], found[RIVAL])
 
 
-def print_row(world_size: int, way: str, all_held: list[Held]) -> None:
-    """Print one line for one way on one number of ranks."""
-    num_values = all_held[0].num_values
-    ideal = Packing().num_bytes(num_values) / world_size
-    loaded, live = most(all_held, "loaded"), most(all_held, "after")
-    worst = max(all_held, key=lambda held: held.peak / held.allowance)
-    cells = [f"{loaded / MIB:.1f}", f"{loaded / ideal:.3f}"]
-    if failures := {held.failure for held in all_held if held.failure}:
-        cells += ["-"] * 4
-    else:
-        trained = most(all_held, "trained")
-        bits = 8 * trained / num_values * world_size
-        cells += [f"{trained / MIB:.1f}", f"{trained / ideal:.3f}", f"{bits:.2f}"]
-        cells += [f"{most(all_held, 'kept') / MIB:.1f}"]
-    cells += [f"{size / MIB:.1f}" for size in (live, worst.peak, worst.allowance)]
-    cells += [f"{worst.peak / worst.allowance:.3f}"]
-    cells += [f"{most(all_held, name) / MIB:.1f}" for name in ("peak_with_workspace", "anonymous_peak")]
-    print(f"{world_size:5}  {way:<6}{''.join(f'{cell:>8}' for cell in cells)}", flush=True)
-    for failure in sorted(failures):
-        print(f"{'':7}no step: {failure}", flush=True)
+def rows_against_ideal(where: str, ours: list[Held]) -> list[Row]:
+    """Hold one way against what it may take."""
+    ideal = Packing().num_bytes(ours[0].num_values) / len(ours)
+    worst = max(ours, key=lambda held: held.peak / held.allowance)
+    layers = f"4-bit layers of a rank {where}"
+    return [
+        in_mib(f"{layers}, loaded, against 4.5 bits a value / ranks", most(ours, "loaded"), ideal, at_most=1.02),
+        in_mib(f"{layers}, after a step, against 4.5 bits a value / ranks", most(ours, "trained"), ideal, at_most=1.02),
+        in_mib(f"peak of loading {where}, against what is allowed", worst.peak, worst.allowance, at_most=1.0),
+    ]
+
+
+def rows_against_rival(where: str, ours: list[Held], rival: list[Held]) -> list[Row]:
+    """Hold one way against transformers and PEFT."""
+    layers = f"4-bit layers of a rank {where}"
+    question = f"peak of loading, with experts, {where}, against transformers' without an adapter"
+    rows = [in_mib(question, most(ours, "peak"), most(rival, "peak"))]
+    if not any(held.failure for held in rival):
+        question = f"{layers}, {{}}, against transformers and PEFT"
+        rows.append(in_mib(question.format("after a step"), most(ours, "trained"), most(rival, "trained")))
+        # One rank gathers nothing.
+        if kept := most(rival, "kept"):
+            rows.append(in_mib(question.format("whole between the passes"), most(ours, "kept"), kept))
+    return rows
+
+
+def in_mib(question: str, ours: float, rival: float, *, at_most: float | None = None) -> Row:
+    """Put bytes into a row."""
+    return Row(question=question, ours=(ours / MIB,), rival=(rival / MIB,), unit="MiB", at_most=at_most)
 
 
 def most(all_held: list[Held], name: str) -> int:

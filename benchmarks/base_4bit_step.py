@@ -1,25 +1,24 @@
 """What does a training step on a 4-bit base cost, against bitsandbytes' own layers with PEFT's LoRA?
 
-    python benchmarks/base_4bit_step.py [--shapes gemma-3-270m llama-3-8b] [--tokens 512] [--repetitions 9]
+    python benchmarks/base_4bit_step.py [--shapes gemma-3-270m llama-3-8b] [--tokens 512] [--repetitions 5]
 
 Four decoder layers of Gemma-3-270M's shapes, one of LLaMA-3-8B's; bf16, NF4 in blocks of 64, adapters in bf16. A step
 is forward with labels, backward to the embedding's output, and torch's AdamW. All ways take turns in one process on one
-thread; a line gives medians, and the quarter and three-quarter points over repetitions of the ratio to the rival.
+thread.
 """
 
 import argparse
-import itertools
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import results
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from results import Row
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -52,19 +51,6 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-class Cost(NamedTuple):
-    """Seconds of the parts of a step."""
-
-    forward: float
-    backward: float
-    optimizer: float
-
-    @property
-    def step(self) -> float:
-        """All of it."""
-        return sum(self)
-
-
 class Way(NamedTuple):
     """A model that trains, and its optimizer."""
 
@@ -73,24 +59,21 @@ class Way(NamedTuple):
 
 
 def main() -> None:
-    """Write the base and measure in a process with one thread, or be that process."""
+    """Measure, in a process that has one thread from its start."""
+    # bitsandbytes brings threads of its own, which torch.set_num_threads does not reach.
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if not environment.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="whose layers")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[512])
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="list the costliest operators instead")
-    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    results.add_flag(parser)
     arguments = parser.parse_args()
-    if arguments.base:
-        measure(arguments.base, arguments)
-        return
-    for shapes in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            write_base(Path(folder), SHAPES[shapes])
-            print(f"\n{shapes}: r={R} E={NUM_EXPERTS} k={TOP_K}, bf16, one thread; ratio to {RIVAL}", flush=True)
-            # bitsandbytes brings threads of its own, which torch.set_num_threads does not reach.
-            command = [sys.executable, __file__, *sys.argv[1:], "--base", folder]
-            subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    rows = [row for shapes in arguments.shapes for row in measured(shapes, arguments)]
+    if rows:
+        results.publish(rows, parser=parser, arguments=arguments)
 
 
 def write_base(folder: Path, shapes: dict[str, int]) -> None:
@@ -100,32 +83,51 @@ def write_base(folder: Path, shapes: dict[str, int]) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def measure(base_folder: Path, arguments: argparse.Namespace) -> None:
-    """Time all ways in turn, or profile them."""
-    torch.set_num_threads(1)
-    ways = {
-        RIVAL: trained(bitsandbytes_base(base_folder), LoraConfig(r=R, target_modules="all-linear")),
+def measured(shapes: str, arguments: argparse.Namespace) -> list[Row]:
+    """Time all ways in turn, or profile them, on layers of a model's shapes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(Path(folder), SHAPES[shapes])
+        ways = ways_to_train(Path(folder))
+    input_ids = torch.randint(VOCABULARY, (1, arguments.tokens), generator=torch.Generator().manual_seed(0))
+    for way in ways.values():
+        step(way, input_ids)
+    if arguments.profile:
+        for name, way in ways.items():
+            profile(f"{name}, {shapes}", way, input_ids)
+        return []
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for _ in range(arguments.repetitions):
+        for name in names:
+            seconds[name].append(step(ways[name], input_ids))
+        # None always follows the same one.
+        names = [*names[1:], names[0]]
+    return [
+        Row(
+            question=f"step on 4-bit layers of {shapes}, {arguments.tokens} tokens: {name}, against {RIVAL}",
+            ours=tuple(seconds[name]),
+            rival=tuple(seconds[RIVAL]),
+            unit="s",
+            at_most=TARGETS.get(name),
+        )
+        for name in ways
+        if name != RIVAL
+    ]
+
+
+def ways_to_train(base_folder: Path) -> dict[str, Way]:
+    """Give both kinds of layers with both adapters."""
+    return {
+        RIVAL: trained(bitsandbytes_base(base_folder), lora()),
         OURS: trained(our_base(base_folder), goat()),
-        "ours + LoRA": trained(our_base(base_folder), LoraConfig(r=R, target_modules="all-linear")),
+        "ours + LoRA": trained(our_base(base_folder), lora()),
         "bitsandbytes + GOAT": trained(bitsandbytes_base(base_folder), goat()),
     }
-    for num_tokens in arguments.tokens:
-        input_ids = torch.randint(VOCABULARY, (1, num_tokens), generator=torch.Generator().manual_seed(0))
-        for _ in range(2):
-            for way in ways.values():
-                step(way, input_ids)
-        if arguments.profile:
-            for name, way in ways.items():
-                profile(name, way, input_ids)
-            continue
-        costs: dict[str, list[Cost]] = {name: [] for name in ways}
-        names = list(ways)
-        for _ in range(arguments.repetitions):
-            for name in names:
-                costs[name].append(step(ways[name], input_ids))
-            # None always follows the same one.
-            names = [*names[1:], names[0]]
-        report(num_tokens, costs)
+
+
+def lora() -> LoraConfig:
+    """Give the rival's adapter."""
+    return LoraConfig(r=R, target_modules="all-linear")
 
 
 def goat() -> GoatConfig:
@@ -171,17 +173,13 @@ def trained(base: Any, config: GoatConfig | LoraConfig) -> Way:
     return Way(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4))
 
 
-def step(way: Way, input_ids: Tensor) -> Cost:
-    """Train on one row."""
-    marks = [time.process_time()]  # with one thread it is the time worked, whatever else the machine does
-    loss = way.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    marks.append(time.process_time())
-    loss.backward()
-    marks.append(time.process_time())
+def step(way: Way, input_ids: Tensor) -> float:
+    """Train on one row; give the seconds."""
+    began = time.process_time()  # with one thread it is the time worked, whatever else the machine does
+    way.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
     way.optimizer.step()
     way.optimizer.zero_grad()
-    marks.append(time.process_time())
-    return Cost(*(after - before for before, after in itertools.pairwise(marks)))
+    return time.process_time() - began
 
 
 def profile(name: str, way: Way, input_ids: Tensor) -> None:
@@ -191,20 +189,6 @@ def profile(name: str, way: Way, input_ids: Tensor) -> None:
             step(way, input_ids)
     print(f"\n{name}, {input_ids.shape[1]} tokens, three steps")
     print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=48))
-
-
-def report(num_tokens: int, costs: dict[str, list[Cost]]) -> None:
-    """Print medians, spread and ratios."""
-    print(f"\n{num_tokens} tokens")
-    head = ("step ms", "forward", "backward", "AdamW", "ratio", "quartiles", "target")
-    print(f"{'':22}{''.join(f'{name:>11}' for name in head)}")
-    for name, found in costs.items():
-        medians = [statistics.median(values) for values in ([cost.step for cost in found], *zip(*found, strict=True))]
-        ratios = [cost.step / rival.step for cost, rival in zip(found, costs[RIVAL], strict=True)]
-        low, _, high = statistics.quantiles(ratios)
-        ratio = medians[0] / statistics.median(cost.step for cost in costs[RIVAL])
-        times = "".join(f"{seconds * 1e3:11.1f}" for seconds in medians)
-        print(f"{name:22}{times}{ratio:11.3f}{f'{low:.2f}-{high:.2f}':>11}{TARGETS.get(name, ''):>11}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What does a checkpoint cost in bytes and seconds, against the one that DeepSpeed itself writes?
 
-    python benchmarks/checkpoint.py [--layers 4] [--tokens 512] [--repetitions 7]
+    python benchmarks/checkpoint.py [--layers 4] [--tokens 512] [--repetitions 5]
 
 Both save the same engine under ZeRO-3 in bf16 on two ranks of one thread each, in turn. The rival is
 ``engine.save_checkpoint(dir, exclude_frozen_parameters=True)``: pickles of each rank that load on that number of ranks
@@ -14,7 +14,6 @@ forward, backward and update of one row a rank.
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import results
 import torch
 import torch.distributed
+from results import Row
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 
 from goat_ds import GoatConfig
@@ -39,8 +40,6 @@ from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.ranks import Ranks
 
 RIVAL, OURS = "DeepSpeed", "ours"
-BYTES_TARGET = 1.02
-SHARE_TARGET = 0.02
 SAVE_STEPS = 50
 VOCABULARY = 256
 MIB = 2**20
@@ -62,11 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the base")
     parser.add_argument("--tokens", type=int, default=512, help="of the row of a rank in a step")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    results.add_flag(parser)
     arguments = parser.parse_args()
     if arguments.base:
-        measure(arguments.base, num_tokens=arguments.tokens, repetitions=arguments.repetitions)
+        rows = measure(arguments.base, num_tokens=arguments.tokens, repetitions=arguments.repetitions)
+        if rows:
+            results.publish(rows, parser=parser, arguments=arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), num_layers=arguments.layers)
@@ -90,8 +92,8 @@ def write_base(folder: Path, *, num_layers: int) -> None:
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> None:
-    """Time steps and checkpoints on this rank, in turn, and print what they took."""
+def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row]:
+    """Time steps and checkpoints on this rank, in turn; give what they took on the first rank."""
     # Calls that DeepSpeed and PEFT make.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
@@ -101,23 +103,19 @@ def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> None:
     ranks.join(processes, timeout_minutes=30)
     engine = engine_of(base_folder, filled_ds_config(config, processes), processes)
     ways = ways_to_save(engine, processes)
-    steps: list[float] = []
+    steps: dict[str, list[float]] = {name: [] for name in ways}
     saved: dict[str, list[Saved]] = {name: [] for name in ways}
     names = list(ways)
-    for repetition in range(repetitions + 1):
+    for _ in range(repetitions + 1):
         for name in names:
-            seconds = timed(lambda: step(engine, num_tokens=num_tokens))
-            result = save(ways[name], base_folder / "saved", processes)
-            # The first ones make the optimizer's state, and bring libraries into memory.
-            if repetition:
-                steps.append(seconds)
-                saved[name].append(result)
+            steps[name].append(timed(lambda: step(engine, num_tokens=num_tokens)))
+            saved[name].append(save(ways[name], base_folder / "saved", processes))
         # Neither always follows the other.
         names.reverse()
-    if processes.is_first:
-        report(saved, steps, num_trained=num_trained(engine))
+    rows = rows_of(saved, steps[OURS], num_trained=num_trained(engine)) if processes.is_first else []
     engines.destroy(engine)
     ranks.leave()
+    return rows
 
 
 def engine_of(base_folder: Path, engine_config: dict[str, Any], processes: Ranks) -> Any:
@@ -186,26 +184,41 @@ def num_trained(engine: Any) -> int:
     return sum(partition.full_shape(p).numel() for p in engine.module.parameters() if p.requires_grad)
 
 
-def report(saved: dict[str, list[Saved]], steps: list[float], *, num_trained: int) -> None:
-    """Print medians, spread and ratios."""
-    print(f"\n{num_trained / 1e6:.2f} M trained parameters, ZeRO-3, bf16, 2 ranks; ratios are to {RIVAL}")
-    print(f"{'':12}{'median s':>10}{'ratio':>8}{'quartiles':>12}{'MiB':>8}{'ratio':>8}")
-    for name, found in saved.items():
-        ratios = [mine.seconds / rival.seconds for mine, rival in zip(found, saved[RIVAL], strict=True)]
-        low, middle, high = statistics.quantiles(ratios)
-        line = f"{name:12}{seconds_of(found):10.3f}{middle:8.2f}{f'{low:.2f}-{high:.2f}':>12}"
-        print(f"{line}{found[0].num_bytes / MIB:8.1f}{found[0].num_bytes / saved[RIVAL][0].num_bytes:8.3f}")
-    ours = saved[OURS][0]
-    needed = 12 * num_trained + ours.adapter_bytes
-    step_seconds = statistics.median(steps)
-    share = seconds_of(saved[OURS]) / (SAVE_STEPS * step_seconds)
-    print(f"bytes / (12 a trained parameter and the adapter): {ours.num_bytes / needed:.4f}, target {BYTES_TARGET}")
-    print(f"seconds / those of {SAVE_STEPS} steps of {step_seconds:.3f} s: {share:.4f}, target {SHARE_TARGET}")
-
-
-def seconds_of(saved: list[Saved]) -> float:
-    """Give the median."""
-    return statistics.median(item.seconds for item in saved)
+def rows_of(saved: dict[str, list[Saved]], steps: list[float], *, num_trained: int) -> list[Row]:
+    """Give the answers."""
+    # The first ones make the optimizer's state, and bring libraries into memory.
+    ours, rival, steps = saved[OURS][1:], saved[RIVAL][1:], steps[1:]
+    seconds = tuple(item.seconds for item in ours)
+    mib, needed = ours[0].num_bytes / MIB, (12 * num_trained + ours[0].adapter_bytes) / MIB
+    what = f"checkpoint of {num_trained / 1e6:.2f} M trained parameters on 2 ranks"
+    return [
+        Row(
+            question=f"{what}, against DeepSpeed's own",
+            ours=seconds,
+            rival=tuple(item.seconds for item in rival),
+            unit="s",
+        ),
+        Row(
+            question=f"{what}, against {SAVE_STEPS} steps",
+            ours=seconds,
+            rival=tuple(SAVE_STEPS * step for step in steps),
+            unit="s",
+            at_most=0.02,
+        ),
+        Row(
+            question=f"bytes of a {what}, against DeepSpeed's own",
+            ours=(mib,),
+            rival=(rival[0].num_bytes / MIB,),
+            unit="MiB",
+        ),
+        Row(
+            question=f"bytes of a {what}, against 12 a trained parameter and the adapter",
+            ours=(mib,),
+            rival=(needed,),
+            unit="MiB",
+            at_most=1.02,
+        ),
+    ]
 
 
 if __name__ == "__main__":

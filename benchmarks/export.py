@@ -1,18 +1,16 @@
 """How long does an export take against copying the base's folder, and how much memory?
 
-    python benchmarks/export.py [--rows exact dense] [--layers 8] [--hidden 1536] [--repetitions 7]
+    python benchmarks/export.py [--exports exact dense] [--layers 8] [--hidden 1536] [--repetitions 5]
 
 Exact exports write the routed model; dense ones merge experts that are static already, so that reading, merging and
 writing are timed, and no calibration. The base is a LLaMA of several shards with random weights and a large
-vocabulary, the adapter on all of its linear layers. Copies and exports alternate, so that a busy machine slows both; a
-line gives the medians, and the quarter and three-quarter points of the ratio over repetitions. Both read from the page
+vocabulary, the adapter on all of its linear layers. Copies and exports alternate on one thread. Both read from the page
 cache and write to it: neither waits for the disk. Memory is what is resident at most above the start, in a fresh
 process that has exported a tiny model before.
 """
 
 import argparse
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,8 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import results
 import torch
 from peft import get_peft_model
+from results import Row
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from goat_ds import GoatConfig
@@ -33,10 +33,10 @@ from goat_ds.tuner.model import named_experts
 MIB = 2**20
 
 
-class Row(NamedTuple):
+class Export(NamedTuple):
     """One way out: what it does, and what it may take."""
 
-    export: Callable[[Path, Path], object]
+    write: Callable[[Path, Path], object]
     """Exports an adapter's folder to a new folder."""
     most_copies: float
     """Target: its seconds, in those of copying the base's folder."""
@@ -56,9 +56,9 @@ def dense(adapter: Path, output: Path) -> None:
     export_dense(adapter, output=output, fitting=Fitting(heldout_labels=0))
 
 
-ROWS = {
-    "exact": Row(exact, most_copies=3.0, most_tensors=2, adapter="adapter"),
-    "dense": Row(dense, most_copies=6.0, most_tensors=2, adapter="static"),
+EXPORTS = {
+    "exact": Export(exact, most_copies=3.0, most_tensors=2, adapter="adapter"),
+    "dense": Export(dense, most_copies=6.0, most_tensors=2, adapter="static"),
 }
 
 
@@ -72,42 +72,35 @@ class Sizes(NamedTuple):
 
 
 def main() -> None:
-    """Print one line for each way out, or measure the memory of one."""
+    """Measure each way out, or the memory of one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", choices=list(ROWS), nargs="*", default=list(ROWS))
+    parser.add_argument("--exports", choices=list(EXPORTS), nargs="*", default=list(EXPORTS))
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of the base")
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--intermediate", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=64000)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    results.add_flag(parser)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if args.model:
-        print(memory_of(ROWS[args.rows[0]], args.model))
+    if arguments.model:
+        print(memory_of(EXPORTS[arguments.exports[0]], arguments.model))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         sizes = write_model(
             model,
-            num_layers=args.layers,
-            hidden=args.hidden,
-            intermediate=args.intermediate,
-            vocabulary=args.vocabulary,
+            num_layers=arguments.layers,
+            hidden=arguments.hidden,
+            intermediate=arguments.intermediate,
+            vocabulary=arguments.vocabulary,
         )
         write_model(model / "tiny", num_layers=1, hidden=64, intermediate=64, vocabulary=64)
-        print_head(sizes)
-        for name in args.rows:
-            print(f"{name:<8}" + line(name, model, sizes, repetitions=args.repetitions), flush=True)
-
-
-def print_head(sizes: Sizes) -> None:
-    """Say what was written and what the columns are."""
-    base, largest, adapter = (size / MIB for size in sizes)
-    print(f"base {base:.0f} MiB with a largest tensor of {largest:.0f} MiB, adapter {adapter:.0f} MiB, one thread")
-    print("ratio = export / copy of the base's folder; memory above the start in MiB, and its ratio to what is allowed")
-    print(f"{'row':<8}{'copy s':>8}{'export s':>10}{'ratio':>7}  {'quartiles':<13}{'target':>6}", end="")
-    print(f"{'MiB':>8}{'ratio':>7}{'target':>8}")
+        rows = [
+            row for name in arguments.exports for row in measured(name, model, sizes, repetitions=arguments.repetitions)
+        ]
+    results.publish(rows, parser=parser, arguments=arguments)
 
 
 def write_model(folder: Path, *, num_layers: int, hidden: int, intermediate: int, vocabulary: int) -> Sizes:
@@ -155,26 +148,34 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def line(name: str, model: Path, sizes: Sizes, *, repetitions: int) -> str:
-    """Measure one way out and format what it took."""
-    row = ROWS[name]
+def measured(name: str, model: Path, sizes: Sizes, *, repetitions: int) -> list[Row]:
+    """Measure one way out."""
+    export = EXPORTS[name]
     copies, exports = [], []
-    for repetition in range(repetitions + 1):
-        copied = seconds_of(lambda output: shutil.copytree(model / "base", output), model / "out")
-        exported = seconds_of(lambda output: row.export(model / row.adapter, output), model / "out")
-        # The first ones bring files into the page cache, and libraries into memory.
-        if repetition:
-            copies.append(copied)
-            exports.append(exported)
-    ratios = [export / copy for export, copy in zip(exports, copies, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    command = [sys.executable, __file__, "--model", str(model), "--rows", name]
+    for _ in range(repetitions + 1):
+        copies.append(seconds_of(lambda output: shutil.copytree(model / "base", output), model / "out"))
+        exports.append(seconds_of(lambda output: export.write(model / export.adapter, output), model / "out"))
+    command = [sys.executable, __file__, "--model", str(model), "--exports", name]
     memory = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-    allowed = row.most_tensors * sizes.largest + sizes.adapter
-    return (
-        f"{statistics.median(copies):8.3f}{statistics.median(exports):10.3f}{middle:7.2f}  "
-        f"{f'{low:.2f} - {high:.2f}':<13}{row.most_copies:6.1f}{memory / MIB:8.1f}{memory / allowed:7.2f}{1.0:8.1f}"
-    )
+    allowed = export.most_tensors * sizes.largest + sizes.adapter
+    what = f"{name} export of a base of {sizes.base / MIB:.0f} MiB"
+    return [
+        # The first ones bring files into the page cache, and libraries into memory.
+        Row(
+            question=f"{what}, against copying its folder",
+            ours=tuple(exports[1:]),
+            rival=tuple(copies[1:]),
+            unit="s",
+            at_most=export.most_copies,
+        ),
+        Row(
+            question=f"memory of the {what}, against {export.most_tensors} of its largest tensors and the adapter",
+            ours=(memory / MIB,),
+            rival=(allowed / MIB,),
+            unit="MiB",
+            at_most=1.0,
+        ),
+    ]
 
 
 def seconds_of(write: Callable[[Path], object], output: Path) -> float:
@@ -186,14 +187,14 @@ def seconds_of(write: Callable[[Path], object], output: Path) -> float:
     return seconds
 
 
-def memory_of(row: Row, model: Path) -> int:
+def memory_of(export: Export, model: Path) -> int:
     """Give the bytes by which an export raises the resident memory of this process at its peak."""
-    row.export(model / "tiny" / row.adapter, model / "tiny" / "out")
+    export.write(model / "tiny" / export.adapter, model / "tiny" / "out")
     shutil.rmtree(model / "tiny" / "out")
     # Lets the kernel forget the peak so far (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    row.export(model / row.adapter, model / "out")
+    export.write(model / export.adapter, model / "out")
     shutil.rmtree(model / "out")
     return resident("VmHWM") - before
 

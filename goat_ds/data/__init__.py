@@ -10,7 +10,7 @@ No rank, no environment and no clock in here: whatever depends on them is an arg
 from goat_ds.data.batches import Batches, MicroBatch, StepBatch, batches, eval_batches
 from goat_ds.data.cache import prepare
 from goat_ds.data.formats import DataFormat, Dropped, DropReason, Message, Record
-from goat_ds.data.loss import label_logits, label_loss_sum, label_targets
+from goat_ds.data.loss import cross_entropy_sum, in_chunks, label_logits, label_loss_sum, label_targets
 from goat_ds.data.packing import Packed, PackReport, pack, pack_dataset
 from goat_ds.data.sampler import BatchPlan, GlobalBatch
 from goat_ds.data.sources import check_sources, load_records
@@ -44,7 +44,9 @@ __all__ = [
     "batches",
     "check_sources",
     "content_digest",
+    "cross_entropy_sum",
     "eval_batches",
+    "in_chunks",
     "label_logits",
     "label_loss_sum",
     "label_targets",

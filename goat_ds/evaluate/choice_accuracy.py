@@ -4,7 +4,8 @@ The log-likelihood of an answer is summed over its tokens and the token that clo
 like another is a different event. What the choices of a question share, its prompt, runs once: its keys and values are
 repeated for all choices, which then run as one batch.
 
-Shape letters: N questions of a batch, C choices, T tokens of a prompt, L tokens of a rest, V vocabulary.
+Shape letters: N questions of a batch, C choices, M = N C, T tokens of a prompt, L tokens of a rest, K of these M L
+tokens in a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from goat_ds.data import IGNORE
+from goat_ds.data import IGNORE, in_chunks
 from goat_ds.evaluate.exact_match import left_padded
 from goat_ds.evaluate.questions import Candidates
 
@@ -81,11 +82,12 @@ def log_likelihoods(model: Any, batch: Sequence[Candidates]) -> Tensor:
     logits_MLV = _read_rests(model, ids_ML, prompts.attention_mask.repeat_interleave(num_choices, dim=0), cache)
     # The prompt's last position predicts the first token of a rest, and the last token of a rest predicts nothing.
     first_M1V = first_NV.repeat_interleave(num_choices, dim=0)[:, None]
-    predicted_MLV = torch.cat([first_M1V, logits_MLV], dim=1).float()
-    losses_ML = functional.cross_entropy(
-        predicted_MLV.flatten(0, 1), labels_ML.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -losses_ML.view(len(batch), num_choices, longest).sum(-1)
+    predicted_MLV = torch.cat([first_M1V, logits_MLV], dim=1)
+    losses = [
+        functional.cross_entropy(logits_KV.float(), labels_K, ignore_index=IGNORE, reduction="none")
+        for logits_KV, labels_K in in_chunks(predicted_MLV.flatten(0, 1), labels_ML.flatten())
+    ]
+    return -torch.cat(losses).view(len(batch), num_choices, longest).sum(-1)
 
 
 def _filled(ids: Sequence[int], filler: int, length: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Hold a model against the trained one on held-out tokens: loss, divergence and agreement where there is a label.
 
-Shape letters: L label positions of a row, V vocabulary.
+Shape letters: L label positions of a row, C label positions of a chunk, V vocabulary.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from goat_ds.data import MicroBatch, label_logits, label_targets
+from goat_ds.data import MicroBatch, cross_entropy_sum, in_chunks, label_logits, label_targets
 from goat_ds.export import ranks
 from goat_ds.export.tokens import Packs
 
@@ -47,7 +47,7 @@ def take_reference(model: Any, packs: Packs) -> Reference:
     kept, total = [], torch.zeros((), dtype=torch.float64)
     for batch in _real(packs, "held out: trained"):
         logits_LV = label_logits(model, batch)
-        total += functional.cross_entropy(logits_LV.float(), label_targets(batch), reduction="sum").double().cpu()
+        total += cross_entropy_sum(logits_LV, label_targets(batch)).double().cpu()
         kept.append(logits_LV.cpu())
     return Reference(packs, kept, float(total) / packs.num_labels)
 
@@ -63,19 +63,21 @@ def compare(model: Any, reference: Reference, *, name: str) -> Comparison:
     """
     totals = torch.zeros(3, dtype=torch.float64)
     for batch, kept_LV in zip(_real(reference.packs, f"held out: {name}"), reference.logits_LV, strict=True):
-        logits_LV, trained_LV = label_logits(model, batch).float(), kept_LV.to(batch.labels.device).float()
-        loss = functional.cross_entropy(logits_LV, label_targets(batch), reduction="sum")
-        kl = divergence(trained_LV, logits_LV)
-        same = (logits_LV.argmax(dim=-1) == trained_LV.argmax(dim=-1)).sum()
-        totals += torch.stack([loss.double(), kl.double(), same.double()]).cpu()
+        trained_LV = kept_LV.to(batch.labels.device)
+        for logits_CV, trained_CV, targets_C in in_chunks(label_logits(model, batch), trained_LV, label_targets(batch)):
+            loss = cross_entropy_sum(logits_CV, targets_C)
+            kl = divergence(trained_CV, logits_CV)
+            same = (logits_CV.argmax(dim=-1) == trained_CV.argmax(dim=-1)).sum()
+            totals += torch.stack([loss.double(), kl.double(), same.double()]).cpu()
     return Comparison(*(float(total) / reference.packs.num_labels for total in totals))
 
 
 def divergence(trained_LV: Tensor, logits_LV: Tensor) -> Tensor:
-    """Give ``Σ_l KL(trained ‖ this)`` in nats."""
-    return functional.kl_div(
-        torch.log_softmax(logits_LV, dim=-1), torch.log_softmax(trained_LV, dim=-1), reduction="sum", log_target=True
+    """Give ``Σ_l KL(trained ‖ this)`` in nats, in fp32."""
+    log_p_LV, log_q_LV = (
+        torch.log_softmax(scores_LV, dim=-1, dtype=torch.float32) for scores_LV in (trained_LV, logits_LV)
     )
+    return functional.kl_div(log_q_LV, log_p_LV, reduction="sum", log_target=True)
 
 
 def _real(packs: Packs, name: str) -> "tqdm[MicroBatch]":

@@ -107,11 +107,11 @@ def _gradients(trained: TrainedModel, batch: MicroBatch, others_L: Tensor, facto
     num_labels = len(batch.label_index)
     batch = batch._replace(label_index=torch.cat([batch.label_index, others_L])).to(ranks.device())
     with torch.no_grad(), trained.computing_with(TRAINED) as model:
-        wanted_LV = label_logits(model, batch).float()
+        wanted_LV = label_logits(model, batch)
     with trained.computing_with(STATIC) as model:
         for factor in factors:
             factor.requires_grad_(True)
-        logits_LV = label_logits(model, batch).float()
+        logits_LV = label_logits(model, batch)
         kl = divergence(wanted_LV[:num_labels], logits_LV[:num_labels]) / num_labels
         others = divergence(wanted_LV[num_labels:], logits_LV[num_labels:]) / max(len(others_L), 1)
         loss: Any = (kl + others) / ranks.world_size()
