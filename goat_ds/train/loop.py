@@ -36,7 +36,7 @@ from goat_ds.train.resume import Resumption, set_damaged_aside, settings_of
 from goat_ds.train.signals import Signals
 from goat_ds.tuner.static import static_config
 from goat_ds.zero import checkpoint as checkpoints
-from goat_ds.zero import ds_config, ranks
+from goat_ds.zero import ds_config, partition, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.checkpoint import Checkpoint, stored_experts
 from goat_ds.zero.decompose import seed_of, start_adapter
@@ -456,6 +456,7 @@ class LatestTokens:
             for micro_batch in batch.micro_batches:
                 self._counts = not micro_batch.is_filler
                 label_loss_sum(self._engine, micro_batch.to(self._engine.device))
+                partition.end_without_backward(self._engine)
 
     def counts(self) -> bool:
         """Whether what runs now is data, and no filler."""
@@ -488,6 +489,7 @@ def evaluate(engine: Any, heldout: Tokens, config: TrainConfig, processes: Ranks
         world_size=processes.world_size,
     ):
         lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
+        partition.end_without_backward(engine)
     engine.train()
     return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)
 
