@@ -28,6 +28,7 @@ SMALLEST = {
     "loss.py": ["--tokens", "32", "--vocabulary", "128", "--repetitions", "2"],
     "base_4bit_memory.py": ["--layers", "1", "--hidden", "128", "--intermediate", "256"],
     "base_4bit_step.py": ["--shapes", "gemma-3-270m", "--tokens", "16", "--repetitions", "2"],
+    "communication.py": ["--hidden", "512", "--intermediate", "1024", "--tokens", "16", "--steps", "2"],
     "checkpoint.py": ["--layers", "1", "--tokens", "16", "--repetitions", "2"],
 }
 

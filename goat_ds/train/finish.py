@@ -9,6 +9,7 @@ from goat_ds.train.config import TrainConfig
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.zero import engine as engines
+from goat_ds.zero import partition
 from goat_ds.zero.finish import finish_densely, tokens_to_fit
 from goat_ds.zero.ranks import Ranks, say
 
@@ -52,6 +53,7 @@ class LatestTokens:
             for micro_batch in batch.micro_batches:
                 self._counts = not micro_batch.is_filler
                 label_loss_sum(self._engine, micro_batch.to(self._engine.device))
+                partition.end_without_backward(self._engine)
 
     def counts(self) -> bool:
         """Whether what runs now is data, and no filler."""

@@ -20,7 +20,7 @@ from goat_ds.train.saving import RunMemory, save
 from goat_ds.train.signals import Signals
 from goat_ds.train.tokens import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
 from goat_ds.zero import checkpoint as checkpoints
-from goat_ds.zero import ds_config, ranks
+from goat_ds.zero import ds_config, partition, ranks
 from goat_ds.zero import engine as engines
 from goat_ds.zero.decompose import seed_of
 from goat_ds.zero.finish import check_enough
@@ -251,5 +251,6 @@ def evaluate(engine: Any, heldout: Tokens, micro_batch_size: int, processes: Ran
         world_size=processes.world_size,
     ):
         lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
+        partition.end_without_backward(engine)
     engine.train()
     return float(ranks.sum_over_ranks(lm_sum)) / sum(heldout.packed.num_labels)

@@ -18,7 +18,7 @@ from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantizatio
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
-from goat_ds.zero import ds_config, partition, quantize, ranks
+from goat_ds.zero import ds_config, partition, quantize, ranks, recompute
 from goat_ds.zero.ds_config import Precision
 
 ADAPTER_NAME = "default"
@@ -263,6 +263,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=engine_config, lr_scheduler=schedule, dist_init_required=False
     )
+    recompute.keep_until_a_blocks_backward_is_done(model)
     partition.keep_sharded(engine, [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)])
     return engine
 

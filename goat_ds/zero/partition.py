@@ -93,6 +93,27 @@ def keep_sharded(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Para
             parameter.partition()  # type: ignore[attr-defined]
 
 
+def end_without_backward(engine: deepspeed.DeepSpeedEngine) -> None:
+    """End a forward that no backward follows. Nothing below ZeRO-3.
+
+    DeepSpeed takes every forward for the first half of what it has seen before, and has fetched and kept parameters for
+    the other half: one on its way can neither be read nor saved, and what is still here would not be fetched in time
+    later. An order of modules that it has just learned from this forward has no other half, and is forgotten: what it
+    concluded from that one it would not conclude anew.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    coordinator = offload.param_coordinator
+    if coordinator.is_complete_trace():
+        coordinator.reset_step()
+    elif coordinator.is_record_trace():
+        coordinator._invalidate_trace()
+    for parameter in engine.module.parameters():
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
+            parameter.partition()
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Hold parameters whole, to read. A collective: every rank must enter, in the same order."""
