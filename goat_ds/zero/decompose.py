@@ -38,7 +38,7 @@ from goat_ds.zero.quantize import Recipe
 from goat_ds.zero.ranks import Ranks
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class StartReport(NamedTuple):
