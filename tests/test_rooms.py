@@ -59,9 +59,9 @@ def test_the_shards_alone_know_deepspeed() -> None:
     assert knowing <= {"zero"}
 
 
-def test_the_method_imports_torch_and_the_errors_only() -> None:
+def test_the_method_imports_torch_lapack_and_the_errors_only() -> None:
     imported = {parts[0] for path in (PACKAGE / "method").glob("*.py") for parts in imports(path)}
-    assert imported - set(sys.stdlib_module_names) == {"torch", "goat_ds"}
+    assert imported - set(sys.stdlib_module_names) == {"torch", "scipy", "goat_ds"}
 
 
 @pytest.mark.parametrize("room", ["method", "tuner", "data"])

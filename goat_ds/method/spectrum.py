@@ -1,13 +1,16 @@
 """Give each expert its own segment of a weight's singular spectrum (arXiv 2502.16894, eq. 13 and 19).
 
-Shape letters: O out features, I in features, Q = min(O, I), E experts, R total rank, D = R / E.
+Shape letters: O out features, I in features, Q = min(O, I), L = max(O, I), E experts, R total rank, D = R / E, W wanted
+directions.
 """
 
 import math
 from enum import StrEnum
 from typing import NamedTuple
 
+import scipy.linalg
 import torch
+from scipy.linalg import blas, eigh_tridiagonal, lapack
 from torch import Tensor
 
 from goat_ds.errors import ConfigError
@@ -31,6 +34,10 @@ class Start(StrEnum):
 
 VALUES_AT_ONCE = 2**20
 """How many values of a weight are widened at a time."""
+
+
+ACCURACY = 1e-7
+"""Largest error of a triplet ``(u, s, v)``, ``‖W v - s u‖`` or ``‖Wᵀ u - s v‖``, relative to the largest ``s``."""
 
 
 class Directions(NamedTuple):
@@ -100,40 +107,88 @@ def chosen_indices(start: Start, *, num_directions: int, num_experts: int, r: in
     return first_E[:, None] + within_D
 
 
+@torch.no_grad()
 def decompose(weight_OI: Tensor, indices_ED: Tensor) -> Directions:
     """Decompose a whole weight and keep the chosen singular triplets.
 
-    The eigenvectors of the smaller Gram matrix, in float64, are the singular vectors of that side; the other side is
-    one product. That is several times faster than ``torch.linalg.svd`` in fp32 and no less accurate, as squaring
-    costs half of float64's digits, where fp32 starts. Where a wanted singular value is so small that even this is
-    not enough, the SVD is taken in float64.
+    The eigenvectors of the smaller Gram matrix are the singular vectors of that side, and only the chosen ones are
+    computed where that is cheaper. In float64 squaring costs half of the digits, which leaves those of fp32; what comes
+    out is checked, and where it is less accurate than ``ACCURACY`` the SVD is taken, in float64 as well.
 
     Args:
         weight_OI: The whole weight ``[O, I]``, any float dtype.
         indices_ED: Wanted indices into the descending spectrum ``[E, D]``.
 
     Returns:
-        Directions in float64.
+        Directions in float64, the same for the same weight.
     """
-    indices_R = indices_ED.flatten().to(weight_OI.device)
-    weight_64 = weight_OI.to(torch.float64)
-    wide = weight_64.shape[0] <= weight_64.shape[1]
-    side_QL = weight_64 if wide else weight_64.T
-    eigenvalues_Q, vectors_QQ = torch.linalg.eigh(side_QL @ side_QL.T)
-    # eigh ascends, the spectrum descends.
-    chosen_R = len(eigenvalues_Q) - 1 - indices_R
-    s_R = eigenvalues_Q[chosen_R].clamp_min(0).sqrt()
-    # Not "<": of a weight that is all zero, everything is 0, and the division below would give nan.
-    if s_R.min() <= 1e-6 * eigenvalues_Q[-1].clamp_min(0).sqrt():
-        return _decompose_by_svd(weight_64, indices_R)
-    near_QR = vectors_QQ[:, chosen_R]
-    far_RL = (near_QR.T @ side_QL) / s_R[:, None]
-    return Directions(near_QR, s_R, far_RL) if wide else Directions(far_RL.T, s_R, near_QR.T)
+    weight_64, indices_R = weight_OI.detach().to(torch.float64), indices_ED.flatten().to(weight_OI.device)
+    return _decompose_by_gram(weight_64, indices_R) or _decompose_by_svd(weight_64, indices_R)
 
 
 def _decompose_by_svd(weight_OI: Tensor, indices_R: Tensor) -> Directions:
     u_OQ, s_Q, vh_QI = torch.linalg.svd(weight_OI, full_matrices=False)
     return Directions(u_OQ[:, indices_R], s_Q[indices_R], vh_QI[indices_R])
+
+
+def _decompose_by_gram(weight_OI: Tensor, indices_R: Tensor) -> Directions | None:
+    """Give the triplets from the smaller Gram matrix, or None where they are not accurate."""
+    wide = weight_OI.shape[0] <= weight_OI.shape[1]
+    side_QL = weight_OI if wide else weight_OI.T
+    # The leading direction comes along, because its singular value is what errors are measured by.
+    wanted_W, places = torch.cat([indices_R.new_zeros(1), indices_R]).unique(return_inverse=True)
+    # On the host a few eigenvectors cost half of what all cost; CUDA's solver gives all or none.
+    find = _some_eigenpairs if weight_OI.device.type == "cpu" else _all_eigenpairs
+    try:
+        values_W, vectors_QW = find(side_QL, wanted_W)
+    except (scipy.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return None
+    # Of all triplets on these directions the most accurate (Rayleigh-Ritz), orthonormal on both sides however small σ.
+    basis_QW = torch.linalg.qr(vectors_QW).Q
+    far_LW, s_W, turn_WW = torch.linalg.svd(side_QL.T @ basis_QW, full_matrices=False)
+    near_QW = basis_QW @ turn_WW.T
+    if not _error(side_QL, near_QW, s_W, far_LW, values_W) <= ACCURACY * s_W[0]:
+        return None
+    near_QR, s_R, far_LR = near_QW[:, places[1:]], s_W[places[1:]], far_LW[:, places[1:]]
+    return Directions(near_QR, s_R, far_LR.T) if wide else Directions(far_LR, s_R, near_QR.T)
+
+
+def _error(side_QL: Tensor, near_QW: Tensor, s_W: Tensor, far_LW: Tensor, values_W: Tensor) -> Tensor:
+    """Give the largest error of any triplet: of either of its equations, and of its place in the spectrum."""
+    residuals = [side_QL @ far_LW - near_QW * s_W, side_QL.T @ near_QW - far_LW * s_W]
+    off_W = s_W - values_W.clamp_min(0).sqrt()
+    return torch.stack([*(residual.norm(dim=0).max() for residual in residuals), off_W.abs().max()]).max()
+
+
+class _Eigenpairs(NamedTuple):
+    """Of a Gram matrix, in the order of the descending spectrum."""
+
+    values_W: Tensor
+    vectors_QW: Tensor
+
+
+def _all_eigenpairs(side_QL: Tensor, wanted_W: Tensor) -> _Eigenpairs:
+    values_Q, vectors_QQ = torch.linalg.eigh(side_QL @ side_QL.T)
+    # eigh ascends, the spectrum descends.
+    chosen_W = len(values_Q) - 1 - wanted_W
+    return _Eigenpairs(values_Q[chosen_W], vectors_QQ[:, chosen_W])
+
+
+def _some_eigenpairs(side_QL: Tensor, wanted_W: Tensor) -> _Eigenpairs:
+    """Make the Gram matrix tridiagonal, find the wanted eigenvectors of that, and turn them back."""
+    # Half of a product, as it is symmetric; Fortran's order is the transpose of ours.
+    in_order = side_QL.is_contiguous()
+    gram_QQ = blas.dsyrk(1.0, (side_QL.T if in_order else side_QL).numpy(), trans=in_order, lower=1)
+    num_work = int(lapack.dsytrd_lwork(len(gram_QQ), lower=1)[0])
+    reflectors_QQ, diagonal, beside, tau, _ = lapack.dsytrd(gram_QQ, lower=1, lwork=num_work, overwrite_a=1)
+    ascending_W = len(diagonal) - 1 - wanted_W.flip(0)
+    runs = ascending_W.tensor_split((ascending_W.diff() != 1).nonzero().flatten() + 1)
+    found = [eigh_tridiagonal(diagonal, beside, select="i", select_range=(run[0], run[-1])) for run in runs]
+    values_W, vectors_QW = (torch.cat([*map(torch.from_numpy, part)], -1).flip(-1) for part in zip(*found, strict=True))
+    # The reflectors of a tridiagonal form begin below the first row, which stays.
+    reflectors, lengths = torch.from_numpy(reflectors_QQ)[1:, :-1], torch.from_numpy(tau)
+    vectors_QW[1:] = torch.ormqr(reflectors, lengths, vectors_QW[1:])
+    return _Eigenpairs(values_W, vectors_QW)
 
 
 def factors_from(directions: Directions, *, scale_R: Tensor | float, rho: float) -> Factors:

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from goat_ds.zero.quantize import Recipe
 from goat_ds.zero.ranks import Ranks
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class StartReport(NamedTuple):
@@ -162,12 +162,16 @@ def start_adapter(
 
 def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
     """Combine the samples of all ranks; None where some layer was 4-bit before its experts started. A collective."""
-    everywhere = ranks.union_over_ranks(samples)
+    # As plain numbers, which float64 holds exactly: a tensor takes many times as long to pickle.
+    told = {path: (shape, values_N.dtype, values_N.tolist()) for path, (shape, values_N) in samples.items()}
+    everywhere = ranks.union_over_ranks(told)
     items = list(named_experts(model, adapter_name))
-    paths = [item.path for item in named_experts(model.get_base_model(), adapter_name)]
     if any(item.path not in everywhere for item in items):
         return None
-    return fingerprint({path: everywhere[item.path] for path, item in zip(paths, items, strict=True)})
+    paths = [item.path for item in named_experts(model.get_base_model(), adapter_name)]
+    found = [everywhere[item.path] for item in items]
+    in_order = [LayerSample(shape, torch.tensor(values, dtype=dtype)) for shape, dtype, values in found]
+    return fingerprint(dict(zip(paths, in_order, strict=True)))
 
 
 def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
@@ -257,8 +261,7 @@ def _start_values(
         signal=experts.signal,
     )
     if known is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_of(seed, work.path))
+        with _drawing(seed_of(seed, work.path)):
             whole.start(directions)
     else:
         with torch.no_grad():
@@ -304,6 +307,21 @@ def _hand_out(
 def seed_of(seed: int, name: str) -> int:
     """Give something random its own generator: neighbouring seeds and names share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Draw on this rank's device from a seed, and leave the generator as it was."""
+    # torch.manual_seed seeds the generators of all kinds of devices, which takes longer than what is drawn.
+    here = ranks.device()
+    of_kind = [torch.default_generator] if here.type == "cpu" else torch.get_device_module(here).default_generators
+    generator = of_kind[here.index or 0]
+    before = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def _fold(work: Work, owner: int, adapter_name: str) -> None:

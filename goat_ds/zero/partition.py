@@ -162,13 +162,22 @@ def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Seque
 @torch.no_grad()
 def put(parameter: nn.Parameter, whole: Tensor) -> None:
     """Give a parameter a value that every rank has whole."""
-    if is_partitioned(parameter):
+    if not is_partitioned(parameter):
+        parameter.copy_(whole.view_as(parameter))
+    elif _is_shard_alone(parameter):
+        # What DeepSpeed would do as well, with a great deal around it.
+        parameter.ds_tensor.copy_(shard_of(parameter, whole))  # type: ignore[attr-defined]
+    else:
         # What gathering would have made of it, without moving values that are about to be overwritten.
         parameter.data = whole.to(ranks.device(), parameter.dtype).view(full_shape(parameter))
         parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
         parameter.partition(has_been_updated=True)  # type: ignore[attr-defined]
-    else:
-        parameter.copy_(whole.view_as(parameter))
+
+
+def _is_shard_alone(parameter: nn.Parameter) -> bool:
+    """Whether the shard is all that is here of a partitioned parameter: no whole, and no second shard (hpZ)."""
+    is_away = parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+    return is_away and parameter.ds_secondary_tensor is None  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Which directions the experts start from, and what their factors multiply to."""
 
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -99,6 +100,156 @@ def test_a_steep_spectrum_is_as_accurate_as_an_svd_in_double_precision() -> None
     indices_ED = chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=8)
     u_OR, s_R, v_RI = decompose(weight, indices_ED)
     torch.testing.assert_close(u_OR.T @ weight @ v_RI.T, torch.diag(s_R), rtol=1e-6, atol=1e-14)
+
+
+Q = 24
+SPECTRA = {
+    "even": torch.linspace(1, 0.1, Q),
+    "condition 1e6": torch.logspace(0, -6, Q),
+    "condition 1e12": torch.logspace(0, -12, Q),
+    "one outlier": torch.cat([torch.tensor([1e4]), torch.linspace(1, 0.5, Q - 1)]),
+    "one value": torch.ones(Q),
+    "repeated within and across segments": torch.tensor([3.0, 2.0, 1.0]).repeat_interleave(Q // 3),
+    "rank 9": torch.cat([torch.linspace(1, 0.1, 9), torch.zeros(Q - 9)]),
+    "rank 1": torch.cat([torch.ones(1), torch.zeros(Q - 1)]),
+    "zero": torch.zeros(Q),
+    "tiny": torch.linspace(1, 0.1, Q) * 1e-20,
+}
+ROUTES = ["some eigenvectors", "all eigenvectors", "svd"]
+
+
+def take(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompose by one route, whatever the device."""
+    if route == "all eigenvectors":
+        monkeypatch.setattr(spectrum, "_some_eigenpairs", spectrum._all_eigenpairs)
+    if route == "svd":
+        monkeypatch.setattr(spectrum, "_decompose_by_gram", lambda *_: None)
+
+
+def with_spectrum(s_Q: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Draw a weight whose singular values are ``s_Q``, of which the smaller side has as many."""
+    left, right = (torch.linalg.qr(weight_of((n, len(s_Q)))).Q for n in shape)
+    return left * s_Q.double() @ right.T
+
+
+def assert_accurate(weight: Tensor, directions: spectrum.Directions, indices_ED: Tensor, *, at_most: float) -> None:
+    """Hold every triplet to both its equations, its place in the spectrum, and both sides to being orthonormal."""
+    weight, (u_OR, s_R, v_RI) = weight.double(), (tensor.double() for tensor in directions)
+    exact_Q = torch.linalg.svdvals(weight)
+    bound = at_most * exact_Q[0]
+    assert (weight @ v_RI.T - u_OR * s_R).norm(dim=0).max() <= bound
+    assert (weight.T @ u_OR - v_RI.T * s_R).norm(dim=0).max() <= bound
+    assert (s_R - exact_Q[indices_ED.flatten()]).abs().max() <= bound
+    eye = torch.eye(len(s_R), dtype=torch.float64)
+    assert (u_OR.T @ u_OR - eye).abs().max() <= at_most
+    assert (v_RI @ v_RI.T - eye).abs().max() <= at_most
+
+
+@pytest.fixture
+def whole_svds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Fill with the shapes that ``torch.linalg.svd`` is called on, but for the thin ones."""
+    shapes: list[tuple[int, ...]] = []
+    svd = torch.linalg.svd
+
+    def noted(matrix: Tensor, **options: bool) -> object:
+        if min(matrix.shape) == Q:
+            shapes.append(tuple(matrix.shape))
+        return svd(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_is_accurate_on_every_spectrum(
+    route: str, name: str, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(route, monkeypatch)
+    weight = with_spectrum(SPECTRA[name], shape).to(dtype)
+    for start in DECOMPOSING:
+        indices_ED = chosen_indices(start, num_directions=Q, num_experts=4, r=8)
+        found = decompose(weight, indices_ED)
+        assert_accurate(weight, found, indices_ED, at_most=1e-6)
+        in_fp32 = spectrum.Directions(*(tensor.float() for tensor in found))
+        assert_accurate(weight, in_fp32, indices_ED, at_most=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(640, 1024), (1024, 640), (640, 640)])
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_a_larger_weight_is_accurate_by_either_kind_of_eigenvectors(
+    route: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(route, monkeypatch)
+    monkeypatch.setattr(spectrum, "_decompose_by_svd", None)
+    weight = with_spectrum(torch.logspace(0, -6, 640), shape).float()
+    indices_ED = chosen_indices(Start.GOAT, num_directions=640, num_experts=8, r=32)
+    assert_accurate(weight, decompose(weight, indices_ED), indices_ED, at_most=1e-6)
+
+
+def test_a_well_conditioned_weight_needs_no_svd(whole_svds: list[tuple[int, ...]]) -> None:
+    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    for name in ("even", "condition 1e6", "one outlier", "tiny"):
+        decompose(with_spectrum(SPECTRA[name], (24, 40)), indices_ED)
+    assert not whole_svds
+
+
+@pytest.mark.parametrize("name", ["rank 9", "condition 1e12"])
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_where_squaring_costs_too_many_digits_the_svd_is_taken(
+    route: str, name: str, whole_svds: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(route, monkeypatch)
+    weight = with_spectrum(SPECTRA[name], (24, 40))
+    indices_ED = chosen_indices(Start.MILORA, num_directions=Q, num_experts=4, r=8)
+    found = decompose(weight, indices_ED)
+    assert whole_svds == [(24, 40)]
+    assert_accurate(weight, found, indices_ED, at_most=1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["vectors", "places", "no convergence"])
+def test_eigenvectors_that_are_wrong_are_not_used(
+    wrong: str, whole_svds: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = spectrum._some_eigenpairs
+
+    def found(side_QL: Tensor, wanted_W: Tensor) -> spectrum._Eigenpairs:
+        if wrong == "no convergence":
+            raise scipy.linalg.LinAlgError("1 eigenvectors failed to converge")
+        values_W, vectors_QW = right(side_QL, wanted_W)
+        if wrong == "vectors":
+            return spectrum._Eigenpairs(values_W, vectors_QW + 1e-6 * vectors_QW.roll(1, 0))
+        return spectrum._Eigenpairs(values_W, right(side_QL, wanted_W.clamp_min(1)).vectors_QW)
+
+    monkeypatch.setattr(spectrum, "_some_eigenpairs", found)
+    weight = with_spectrum(SPECTRA["even"], (40, 24))
+    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    assert_accurate(weight, decompose(weight, indices_ED), indices_ED, at_most=1e-12)
+    assert whole_svds == [(40, 24)]
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_same_weight_gives_the_same_bits(route: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(route, monkeypatch)
+    weight = with_spectrum(SPECTRA[name], (24, 40)).bfloat16()
+    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    first = decompose(weight, indices_ED)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, decompose(weight.clone(), indices_ED), strict=True))
+
+
+@pytest.mark.parametrize("indices", [[[0, 1], [12, 13]], [[7, 2], [23, 0]]])
+def test_directions_come_in_the_order_they_are_asked_for_whatever_the_strides(indices: list[list[int]]) -> None:
+    weight, indices_ED = weight_of((24, 40)), torch.tensor(indices)
+    u_OQ, s_Q, vh_QI = torch.linalg.svd(weight, full_matrices=False)
+    for stored in (weight, weight.T.contiguous().T):
+        u_OR, s_R, v_RI = decompose(stored, indices_ED)
+        found = torch.einsum("or,r,ri->roi", u_OR, s_R, v_RI)
+        exact = torch.einsum("oq,q,qi->qoi", u_OQ, s_Q, vh_QI)
+        torch.testing.assert_close(found, exact[indices_ED.flatten()])
 
 
 def test_a_segment_shorter_than_an_expert_is_refused_with_both_numbers() -> None:

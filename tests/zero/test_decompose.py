@@ -101,6 +101,25 @@ def test_directions_from_the_cache_are_those_that_were_computed(tmp_path: Path, 
     assert all(torch.equal(a, b) for a, b in zip(computed, cached, strict=True))
 
 
+@pytest.mark.parametrize("last", [1e-2, 1e-6, 0.0], ids=["well conditioned", "condition 1e6", "rank-deficient"])
+def test_directions_in_fp32_are_accurate_and_the_same_bits_whether_computed_or_cached(
+    last: float, tmp_path: Path
+) -> None:
+    like, experts = one_layer()
+    spectrum_Q = torch.linspace(1, 0, min(like.shape)) ** 6 * (1 - last) + last
+    left, right = (torch.linalg.qr(torch.randn(n, len(spectrum_Q), dtype=torch.float64)).Q for n in like.shape)
+    weight = (left * spectrum_Q @ right.T).bfloat16()
+    first, *others = (decompose.directions_of(weight, experts, cache=cache)[0] for cache in (None, tmp_path, tmp_path))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    u_OR, s_R, v_RI = (tensor.double() for tensor in first)
+    exact_Q = torch.linalg.svdvals(weight.double())
+    for wrong in (weight.double() @ v_RI.T - u_OR * s_R, weight.double().T @ u_OR - v_RI.T * s_R):
+        assert wrong.norm(dim=0).max() <= 1e-5 * exact_Q[0]
+    assert (s_R - exact_Q[experts.indices().flatten()]).abs().max() <= 1e-5 * exact_Q[0]
+    for gram in (u_OR.T @ u_OR, v_RI @ v_RI.T):
+        assert (gram - torch.eye(len(s_R))).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path: Path, capsys: Any) -> None:
     weight, experts = one_layer()
@@ -129,6 +148,17 @@ def test_many_writers_of_one_entry_leave_one_whole_entry_and_nothing_else(tmp_pa
 def test_neighbouring_seeds_and_layers_share_no_generator() -> None:
     seeds = {decompose.seed_of(seed, name) for seed in range(20) for name in ("a", "b", "c")}
     assert len(seeds) == 60
+
+
+def test_what_a_layer_draws_is_its_seed_s_alone_and_the_run_draws_on_as_before() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with decompose._drawing(7):
+        drawn = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_another_weight_or_start_is_another_entry(tmp_path: Path) -> None:
