@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
+from goat_ds.method.mixture import MixtureFactors, MixtureSettings, dropout_mask, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
 from tests import reference
 
@@ -95,7 +95,7 @@ def test_dropout_reaches_the_experts_only() -> None:
     x, a, b, a0, b0, router = (
         draw(5, IN), draw(R, IN), draw(OUT, R), draw(R, IN), draw(OUT, R), draw(2, IN),
     )  # fmt: skip
-    keep = torch.rand(5, IN) > 0.25
+    keep = dropout_mask(x, dropout=0.25, seed=7)
     settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0, dropout=0.25)
     inputs = [value.requires_grad_() for value in (x, a, b, router)]
     y, _ = mixture(
@@ -104,7 +104,7 @@ def test_dropout_reaches_the_experts_only() -> None:
         MixtureFactors(a, b, a0, b0, router),
         settings,
         signal=BalanceSignal(),
-        dropout_mask=keep,
+        dropout_seed=7,
     )
     gates = torch.nn.functional.one_hot((x @ router.T).argmax(dim=1), 2).double().repeat_interleave(R // 2, dim=1)
     expected = 1.3 * (gates * ((x * keep / 0.75) @ a.T)) @ b.T - 1.3 / 2 * (x @ a0.T) @ b0.T
@@ -130,7 +130,7 @@ def test_an_infinite_preference_for_one_expert_is_finite_in_value_and_gradient()
 
 def half_precision_run(monkeypatch: pytest.MonkeyPatch, *, widened: int) -> list[Tensor]:
     """Run 3-D bf16 input through the fast form, widened for the router so many tokens at a time."""
-    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_TOKENS", widened)
+    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_BYTES", widened * IN * 4)
     torch.manual_seed(0)
     a, b, a0, b0, router = (draw(*shape).bfloat16() for shape in ((R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN)))
     x, base = draw(3, 7, IN).bfloat16().requires_grad_(), draw(3, 7, OUT).bfloat16()
