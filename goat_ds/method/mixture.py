@@ -119,7 +119,7 @@ def mixture(
 
 
 def dropout_mask(x_TI: Tensor, *, dropout: float, seed: int) -> Tensor:
-    """Give 1 where ``A`` sees ``x`` and 0 elsewhere, in the dtype of ``x``: what a seed draws again need not be kept."""
+    """Give 1 where ``A`` sees ``x``, else 0, in the dtype of ``x``: what a seed draws again need not be kept."""
     generator = torch.Generator(x_TI.device).manual_seed(seed)
     return torch.empty_like(x_TI).bernoulli_(1 - dropout, generator=generator)
 
@@ -144,7 +144,8 @@ class _Mixture(torch.autograd.Function):
         u_TR, u0_TR, logits_TE = _activations(x_TI, factors, settings, dropout_seed)
         gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
         gates_TE, probs_TE = (None, None) if gates is None else (gates.gates_TE, gates.probs_TE)
-        h_TS = u_TR * _rank_gates(gates_TE, factors, settings, dtype=x.dtype)
+        spread_ER = None if gates_TE is None else _spread(factors, settings, like=gates_TE)
+        h_TS = u_TR * _rank_gates(gates_TE, spread_ER, factors, settings, dtype=x.dtype)
         if u0_TR is not None:
             h_TS = torch.cat([h_TS, u0_TR * _residual_gates(factors, settings, dtype=x.dtype)], dim=1)
         b_SO = _stacked_b(factors, x.dtype).T
@@ -154,6 +155,7 @@ class _Mixture(torch.autograd.Function):
         # Parameters are saved as they are: a sharded one is empty between forward and backward, and whole in both.
         ctx.save_for_backward(x, u_TR, gates_TE, probs_TE, *tensors)
         ctx.dropout_seed, ctx.together, ctx.settings, ctx.signal = dropout_seed, together, settings, signal
+        ctx.spread_ER = spread_ER
         if gates is None:
             return (y_TO.view(base.shape),)
         ctx.mask_T = signal.mask_of(len(x_TI))
@@ -169,7 +171,7 @@ class _Mixture(torch.autograd.Function):
         x_TI, grad_TO = _by_token(x), _by_token(grad)
         factors, settings, together = MixtureFactors(*tensors), ctx.settings, ctx.together
         needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _ = ctx.needs_input_grad
-        rank_gates_TR = _rank_gates(gates_TE, factors, settings, dtype=x.dtype)
+        rank_gates_TR = _rank_gates(gates_TE, ctx.spread_ER, factors, settings, dtype=x.dtype)
         grad_h_TS = grad_TO @ _stacked_b(factors, grad.dtype)
         grads = _rank_gradients(ctx, grad_h_TS, u_TR, gates_TE, probs_TE, factors, rank_gates_TR)
         mask_TI = _mask(x_TI, settings, ctx.dropout_seed)
@@ -235,8 +237,7 @@ def _activations(
     if router_EI is not None and is_apart:
         logits_TE = _widened_logits(x_TI, router_EI)
     assert u_TR is not None
-    u_TR = u_TR.to(x_TI.dtype, memory_format=torch.contiguous_format)
-    return _Activations(u_TR, None if u0_TR is None else u0_TR.to(x_TI.dtype), logits_TE)
+    return _Activations(u_TR.to(x_TI.dtype).contiguous(), None if u0_TR is None else u0_TR.to(x_TI.dtype), logits_TE)
 
 
 def _has_wide_product(x_TI: Tensor, router_EI: Tensor) -> bool:
@@ -287,14 +288,19 @@ def _spread(factors: MixtureFactors, settings: MixtureSettings, *, like: Tensor)
 
 
 def _rank_gates(
-    gates_TE: Tensor | None, factors: MixtureFactors, settings: MixtureSettings, *, dtype: torch.dtype
+    gates_TE: Tensor | None,
+    spread_ER: Tensor | None,
+    factors: MixtureFactors,
+    settings: MixtureSettings,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor | float:
     """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``.
 
     A number or ``[R]`` without a router.
     """
-    if gates_TE is not None:
-        return (gates_TE @ _spread(factors, settings, like=gates_TE)).to(dtype)
+    if gates_TE is not None and spread_ER is not None:
+        return (gates_TE @ spread_ER).to(dtype)
     if factors.scale_E is None:
         return settings.scale
     return factors.scale_E.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts)
@@ -323,7 +329,7 @@ def _rank_gradients(
         grad_u0_TR = grad_h_TS[:, r:] * _residual_gates(factors, settings, dtype=u_TR.dtype)
     if gates_TE is not None:
         grad_gates_TR = (grad_h_TS[:, :r] * u_TR).to(gates_TE.dtype)
-        grad_gates_ET = _spread(factors, settings, like=gates_TE) @ grad_gates_TR.T
+        grad_gates_ET = ctx.spread_ER @ grad_gates_TR.T
         grad_logits_TE = _logits_gradient(ctx, gates_TE, probs_TE, grad_gates_ET.T).to(u_TR.dtype)
     return _RankGradients(grad_h_TS[:, :r] * rank_gates_TR, grad_logits_TE, grad_u0_TR)
 

@@ -1,11 +1,14 @@
 """The fused layer equals the paper's loops: values, gradients, balance loss."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, dropout_mask, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
+from goat_ds.method.together import gradient_together
 from tests import reference
 
 NUM_TOKENS, IN, OUT, R = 7, 10, 6, 4
@@ -175,3 +178,70 @@ def test_a_gradient_that_nobody_needs_leaves_the_others_as_they_are(frozen: str)
         found.append({name: inputs[name].grad for name in tensors.keys() - {frozen}})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
+
+
+class Both(NamedTuple):
+    """What a mixture gives, and what it keeps for backward."""
+
+    y: Tensor
+    grads: tuple[Tensor, ...]
+    kept_bytes: int
+
+
+def half_precision_layer(
+    *, dtype: torch.dtype = torch.bfloat16, dropout_seed: int | None = None, in_place: bool = False
+) -> Both:
+    """Run a frozen layer and its mixture, both ways."""
+    torch.manual_seed(0)
+    tensors = [draw(*shape).to(dtype) for shape in ((3, 7, IN), (R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN))]
+    weight, target = draw(OUT, IN).to(dtype), draw(3, 7, OUT).to(dtype)
+    x, a, b, a0, b0, router = tensors
+    trained = [tensor.requires_grad_() for tensor in (x, a, b, router)]
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0, dropout=0.25)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x_of_base, together = gradient_together(x) if in_place else (x, None)
+    base = x_of_base @ weight.T
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = mixture(
+            x,
+            base,
+            MixtureFactors(a, b, a0, b0, router),
+            settings,
+            signal=BalanceSignal(),
+            dropout_seed=dropout_seed,
+            into_base=in_place,
+            together=together,
+        )
+    assert (y.data_ptr() == base.data_ptr()) == in_place
+    factors = sum(tensor.untyped_storage().nbytes() for tensor in tensors[1:])
+    return Both(y.detach(), torch.autograd.grad((y * target).sum(), trained), sum(kept.values()) - factors)
+
+
+@pytest.mark.parametrize("dropout_seed", [None, 3])
+def test_backward_keeps_the_input_the_activations_and_the_gates_only(dropout_seed: int | None) -> None:
+    num_tokens, two_gates = 3 * 7, 2 * 2
+    expected = num_tokens * (2 * IN + 2 * R + 4 * two_gates)
+    assert half_precision_layer(dropout_seed=dropout_seed).kept_bytes == expected
+
+
+@pytest.mark.parametrize("dropout_seed", [None, 3])
+def test_a_mixture_added_in_place_has_the_values_and_gradients_of_one_beside_the_base(dropout_seed: int | None) -> None:
+    beside = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed)
+    in_place = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed, in_place=True)
+    torch.testing.assert_close(in_place.y, beside.y)
+    torch.testing.assert_close(in_place.grads, beside.grads)
+
+
+def test_a_base_that_somebody_keeps_for_backward_is_not_overwritten_unnoticed() -> None:
+    x = draw(5, IN).requires_grad_()
+    base = (x @ draw(IN, OUT)).tanh()
+    settings = MixtureSettings(num_experts=1, top_k=1, scale=1.0, balance_coef=0.0)
+    factors = MixtureFactors(draw(R, IN), draw(OUT, R))
+    y, _ = mixture(x, base, factors, settings, signal=BalanceSignal(), into_base=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
