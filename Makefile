@@ -30,6 +30,7 @@ lint: setup
 
 bench: setup
 	python benchmarks/layer.py
+	python benchmarks/step.py
 	python benchmarks/startup.py
 	python benchmarks/export.py
 	python benchmarks/base_4bit_memory.py

@@ -1,4 +1,4 @@
-"""What does a training step with eight experts cost, against PEFT's LoRA of the same rank and against a loop over experts?
+"""What does a training step with experts cost, against PEFT's LoRA of the same rank and against a loop over experts?
 
     python benchmarks/step.py [--layers 18] [--tokens 1024] [--repetitions 7]
 
