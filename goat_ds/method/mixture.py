@@ -110,10 +110,8 @@ def mixture(
         dropout_seed: Of ``dropout_mask``, through which ``A`` sees ``x``; the router and the residual see all of it.
             None: no dropout.
         into_base: Whether the result may take the place of ``base`` in memory, because nobody else reads it.
-        together: What takes the gradient of ``x``, which gets none from here then.
+        together: What takes the gradient of ``x``, which is given detached then.
     """
-    if together is not None:
-        x = x.detach()
     y, *load = _Mixture.apply(x, base, dropout_seed, into_base, together, settings, signal, *factors)
     return MixtureOutput(y, RouterLoad(*load) if load else None)
 

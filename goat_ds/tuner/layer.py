@@ -155,7 +155,7 @@ class GoatExperts(nn.Module):
         """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
 
         Args:
-            x: The layer's input.
+            x: The layer's input, detached where ``together`` is given.
             base: What the base layer, and adapters before this one, made of it.
             is_active: Whether this adapter counts.
             into_base: Whether the result may take the place of ``base`` in memory.
@@ -349,7 +349,9 @@ class GoatLayer(nn.Module, BaseTunerLayer):
             together = None
         into_base = self._is_output_unseen
         for experts, is_active in used:
-            result = experts(x, result, is_active=is_active, into_base=into_base, together=together)
+            # Detached out here: ZeRO-3 waits for the gradients of all inputs that need one before it lets weights go.
+            x_seen = x.detach() if is_active and together is not None else x
+            result = experts(x_seen, result, is_active=is_active, into_base=into_base, together=together)
             into_base = False
         return result
 

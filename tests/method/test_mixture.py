@@ -208,7 +208,7 @@ def half_precision_layer(
     base = x_of_base @ weight.T
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = mixture(
-            x,
+            x.detach() if in_place else x,
             base,
             MixtureFactors(a, b, a0, b0, router),
             settings,
