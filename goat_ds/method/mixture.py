@@ -30,7 +30,9 @@ from goat_ds.method.routing import (
 from goat_ds.method.together import GradientTogether, Product
 
 WIDENED_BYTES = 2**20
-"""How much of a half-precision input is copied to fp32 at a time: what stays in a core's own cache."""
+"""How much of a half-precision input is copied to fp32 at a time on a CPU: what stays in a core's own cache."""
+LAUNCHED_BYTES = 2**25
+"""The same on a device where every piece is two kernels to launch."""
 
 
 class MixtureFactors(NamedTuple):
@@ -264,7 +266,8 @@ def _widened_logits(x_TI: Tensor, router_EI: Tensor) -> Tensor:
     """Give the logits of half-precision ``x`` in fp32, copying a piece of it at a time; their memory is ``[E, T]``."""
     wide, (num_tokens, in_features) = torch.float32, x_TI.shape
     router_EI = router_EI.to(wide)
-    piece_PI = x_TI.new_empty(min(num_tokens, max(1, WIDENED_BYTES // (4 * in_features))), in_features, dtype=wide)
+    num_bytes = WIDENED_BYTES if x_TI.device.type == "cpu" else LAUNCHED_BYTES
+    piece_PI = x_TI.new_empty(min(num_tokens, max(1, num_bytes // (4 * in_features))), in_features, dtype=wide)
     # A product with few rows is twice as fast as one with few columns.
     logits_ET = x_TI.new_empty(len(router_EI), num_tokens, dtype=wide)
     for x_PI, logits_EP in zip(x_TI.split(len(piece_PI)), logits_ET.split(len(piece_PI), dim=1), strict=True):

@@ -1,10 +1,12 @@
 """The fused layer equals the paper's loops: values, gradients, balance loss."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, dropout_mask, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
@@ -180,6 +182,24 @@ def test_a_gradient_that_nobody_needs_leaves_the_others_as_they_are(frozen: str)
         torch.testing.assert_close(found[1][name], gradient)
 
 
+class Called(TorchDispatchMode):
+    """Notes the shapes that operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[Any, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if isinstance(outputs, Tensor):
+            self._found.append((func, tuple(outputs.shape)))
+        return outputs
+
+    def shapes_of(self, operator: Any) -> list[tuple[int, ...]]:
+        """Give the shapes of one operator's outputs, in order."""
+        return [shape for func, shape in self._found if func is operator]
+
+
 class Both(NamedTuple):
     """What a mixture gives, and what it keeps for backward."""
 
@@ -245,3 +265,19 @@ def test_a_base_that_somebody_keeps_for_backward_is_not_overwritten_unnoticed() 
     y, _ = mixture(x, base, factors, settings, signal=BalanceSignal(), into_base=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_on_cuda_one_product_gives_activations_and_logits_in_fp32() -> None:
+    # Without memory and without a device: that the operators exist there, and take and give these dtypes.
+    with FakeTensorMode():
+        x, a, b, router = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((5, IN), (R, IN), (OUT, R), (2, IN))
+        )
+        settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+        with Called() as called:
+            y, load = mixture(
+                x, x.new_empty(5, OUT), MixtureFactors(a, b, a, b, router), settings, signal=BalanceSignal()
+            )
+    assert called.shapes_of(torch.ops.aten.mm.dtype) == [(5, 2 * R + 2)]
+    assert load is not None
+    assert (y.dtype, load.prob_E.dtype) == (torch.bfloat16, torch.float32)
