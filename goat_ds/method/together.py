@@ -24,10 +24,10 @@ class GradientTogether:
     """The mixtures' parts of the gradient of one ``x``."""
 
     def __init__(self) -> None:
-        self._parts: dict[object, Tensor | Product] = {}
+        self._parts: dict[int, Tensor | Product] = {}
 
-    def put(self, owner: object, part: Tensor | Product) -> None:
-        """Take one mixture's part; a second backward through the same mixture replaces it."""
+    def put(self, owner: int, part: Tensor | Product) -> None:
+        """Take the part of one mixture, known by a number; a second backward through the same mixture replaces it."""
         self._parts[owner] = part
 
     def added_to_(self, grad_TI: Tensor) -> None:
