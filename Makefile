@@ -31,6 +31,7 @@ lint: setup
 bench: setup
 	python benchmarks/layer.py
 	python benchmarks/decomposition.py
+	python benchmarks/step.py
 	python benchmarks/startup.py
 	python benchmarks/loss.py
 	python benchmarks/export.py

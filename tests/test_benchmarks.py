@@ -11,8 +11,9 @@ from benchmarks.results import RESULTS, TABLE, Row, with_table
 from tests.launching import REPOSITORY, cpu_environment
 
 SMALLEST = {
-    "layer.py": ["--tokens", "32", "--repetitions", "2", "--shape", "LLaMA-3.2-1B k"],
     "decomposition.py": ["--shape", "Gemma-3-270M up (2048 x 640)", "--repetitions", "2"],
+    "layer.py": ["--tokens", "32", "--repetitions", "2", "--shape", "LLaMA-3-8B k", "Gemma-3-270M up"],
+    "step.py": ["--layers", "1", "--tokens", "64", "--vocabulary", "256", "--repetitions", "2"],
     "startup.py": ["--layers", "1", "--repeats", "1"],
     "export.py": [
         "--layers",

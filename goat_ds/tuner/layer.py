@@ -25,10 +25,13 @@ from goat_ds.method.spectrum import (
     factors_from,
     zero_start,
 )
+from goat_ds.method.together import GradientTogether, gradient_together
 from goat_ds.tuner.config import GoatConfig, Residual
-from goat_ds.tuner.quantized import is_4bit, weight_of_4bit
+from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, weight_of_4bit
 
 FROZEN = ("A0", "B0", "s")
+KEEP_NO_OUTPUT = (nn.Linear, Conv1D, QuantizedLinear)
+"""Layers, themselves and not what derives from them, whose output no backward needs."""
 MERGE_REFUSAL = (
     "a GOAT adapter is never merged in place: what routed experts add depends on the token; write a checkpoint "
     "instead: python launch/export.py --mode exact, or --mode dense for the nearest dense weights and what they cost"
@@ -140,8 +143,24 @@ class GoatExperts(nn.Module):
             times=times,
         )
 
-    def forward(self, x: Tensor, base: Tensor, *, is_active: bool = True) -> Tensor:
-        """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back."""
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        *,
+        is_active: bool = True,
+        into_base: bool = False,
+        together: GradientTogether | None = None,
+    ) -> Tensor:
+        """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
+
+        Args:
+            x: The layer's input, detached where ``together`` is given.
+            base: What the base layer, and adapters before this one, made of it.
+            is_active: Whether this adapter counts.
+            into_base: Whether the result may take the place of ``base`` in memory.
+            together: What takes this adapter's part of the gradient of ``x``, if not autograd.
+        """
         if not is_active:
             return base + self._start_of(x) if self.folded else base
         if not self.ready:
@@ -149,11 +168,19 @@ class GoatExperts(nn.Module):
                 f"the GOAT adapter of {self.name} is empty: its config is deferred, and neither an adapter file nor "
                 "shared decomposition has filled it; use a GoatConfig with deferred=False to start from the weights"
             )
-        settings = self.settings()
         # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
         x = x.to(base.dtype)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            output = mixture(x, base, self.factors(), settings, signal=self.signal, dropout_mask=self._dropout_mask(x))
+            output = mixture(
+                x,
+                base,
+                self.factors(),
+                self.settings(),
+                signal=self.signal,
+                dropout_seed=self._dropout_seed(),
+                into_base=into_base,
+                together=together,
+            )
         if output.load is not None:
             self.signal.record(self.name, output.load, coef=self._balance_coef())
         return output.y
@@ -203,11 +230,9 @@ class GoatExperts(nn.Module):
         is_frozen = self.training and self.router is not None and not self.router.requires_grad
         return 0.0 if is_frozen else self.config.balance_coef
 
-    def _dropout_mask(self, x: Tensor) -> Tensor | None:
-        p = self.config.dropout
-        if not (self.training and p):
-            return None
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    def _dropout_seed(self) -> int | None:
+        # Drawn on the host, where both kinds of checkpointing restore the generator before they run a layer again.
+        return int(torch.randint(2**62, ())) if self.training and self.config.dropout else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -313,12 +338,29 @@ class GoatLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Give the base's output plus that of every active adapter."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         active = [] if self.disable_adapters else self.active_adapters
-        for name, experts in self._experts().items():
-            if name in active or experts.folded:
-                result = experts(x, result, is_active=name in active)
+        used = [
+            (experts, name in active) for name, experts in self._experts().items() if name in active or experts.folded
+        ]
+        is_shared = x.requires_grad and torch.is_grad_enabled() and any(is_active for _, is_active in used)
+        x_of_base, together = gradient_together(x) if is_shared else (x, None)
+        result: Tensor = self.base_layer(x_of_base, *args, **kwargs)
+        if not result.requires_grad:
+            together = None
+        into_base = self._is_output_unseen
+        for experts, is_active in used:
+            # Detached out here: ZeRO-3 waits for the gradients of all inputs that need one before it lets weights go.
+            x_seen = x.detach() if is_active and together is not None else x
+            result = experts(x_seen, result, is_active=is_active, into_base=into_base, together=together)
+            into_base = False
         return result
+
+    @property
+    def _is_output_unseen(self) -> bool:
+        """Whether the base's output is nobody's but this layer's: its forward keeps none, and no hook is given it."""
+        base = self.base_layer
+        is_watched = base._forward_hooks or nn.modules.module._global_forward_hooks
+        return type(base) in KEEP_NO_OUTPUT and not is_watched
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse, with the way out.

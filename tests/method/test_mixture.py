@@ -1,11 +1,16 @@
 """The fused layer equals the paper's loops: values, gradients, balance loss."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
+from goat_ds.method.mixture import MixtureFactors, MixtureSettings, dropout_mask, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
+from goat_ds.method.together import gradient_together
 from tests import reference
 
 NUM_TOKENS, IN, OUT, R = 7, 10, 6, 4
@@ -95,7 +100,7 @@ def test_dropout_reaches_the_experts_only() -> None:
     x, a, b, a0, b0, router = (
         draw(5, IN), draw(R, IN), draw(OUT, R), draw(R, IN), draw(OUT, R), draw(2, IN),
     )  # fmt: skip
-    keep = torch.rand(5, IN) > 0.25
+    keep = dropout_mask(x, dropout=0.25, seed=7)
     settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0, dropout=0.25)
     inputs = [value.requires_grad_() for value in (x, a, b, router)]
     y, _ = mixture(
@@ -104,7 +109,7 @@ def test_dropout_reaches_the_experts_only() -> None:
         MixtureFactors(a, b, a0, b0, router),
         settings,
         signal=BalanceSignal(),
-        dropout_mask=keep,
+        dropout_seed=7,
     )
     gates = torch.nn.functional.one_hot((x @ router.T).argmax(dim=1), 2).double().repeat_interleave(R // 2, dim=1)
     expected = 1.3 * (gates * ((x * keep / 0.75) @ a.T)) @ b.T - 1.3 / 2 * (x @ a0.T) @ b0.T
@@ -130,7 +135,7 @@ def test_an_infinite_preference_for_one_expert_is_finite_in_value_and_gradient()
 
 def half_precision_run(monkeypatch: pytest.MonkeyPatch, *, widened: int) -> list[Tensor]:
     """Run 3-D bf16 input through the fast form, widened for the router so many tokens at a time."""
-    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_TOKENS", widened)
+    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_BYTES", widened * IN * 4)
     torch.manual_seed(0)
     a, b, a0, b0, router = (draw(*shape).bfloat16() for shape in ((R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN)))
     x, base = draw(3, 7, IN).bfloat16().requires_grad_(), draw(3, 7, OUT).bfloat16()
@@ -175,3 +180,104 @@ def test_a_gradient_that_nobody_needs_leaves_the_others_as_they_are(frozen: str)
         found.append({name: inputs[name].grad for name in tensors.keys() - {frozen}})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
+
+
+class Called(TorchDispatchMode):
+    """Notes the shapes that operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[Any, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if isinstance(outputs, Tensor):
+            self._found.append((func, tuple(outputs.shape)))
+        return outputs
+
+    def shapes_of(self, operator: Any) -> list[tuple[int, ...]]:
+        """Give the shapes of one operator's outputs, in order."""
+        return [shape for func, shape in self._found if func is operator]
+
+
+class Both(NamedTuple):
+    """What a mixture gives, and what it keeps for backward."""
+
+    y: Tensor
+    grads: tuple[Tensor, ...]
+    kept_bytes: int
+
+
+def half_precision_layer(
+    *, dtype: torch.dtype = torch.bfloat16, dropout_seed: int | None = None, in_place: bool = False
+) -> Both:
+    """Run a frozen layer and its mixture, both ways."""
+    torch.manual_seed(0)
+    tensors = [draw(*shape).to(dtype) for shape in ((3, 7, IN), (R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN))]
+    weight, target = draw(OUT, IN).to(dtype), draw(3, 7, OUT).to(dtype)
+    x, a, b, a0, b0, router = tensors
+    trained = [tensor.requires_grad_() for tensor in (x, a, b, router)]
+    settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0, dropout=0.25)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x_of_base, together = gradient_together(x) if in_place else (x, None)
+    base = x_of_base @ weight.T
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = mixture(
+            x.detach() if in_place else x,
+            base,
+            MixtureFactors(a, b, a0, b0, router),
+            settings,
+            signal=BalanceSignal(),
+            dropout_seed=dropout_seed,
+            into_base=in_place,
+            together=together,
+        )
+    assert (y.data_ptr() == base.data_ptr()) == in_place
+    factors = sum(tensor.untyped_storage().nbytes() for tensor in tensors[1:])
+    return Both(y.detach(), torch.autograd.grad((y * target).sum(), trained), sum(kept.values()) - factors)
+
+
+@pytest.mark.parametrize("dropout_seed", [None, 3])
+def test_backward_keeps_the_input_the_activations_and_the_gates_only(dropout_seed: int | None) -> None:
+    num_tokens, two_gates = 3 * 7, 2 * 2
+    expected = num_tokens * (2 * IN + 2 * R + 4 * two_gates)
+    assert half_precision_layer(dropout_seed=dropout_seed).kept_bytes == expected
+
+
+@pytest.mark.parametrize("dropout_seed", [None, 3])
+def test_a_mixture_added_in_place_has_the_values_and_gradients_of_one_beside_the_base(dropout_seed: int | None) -> None:
+    beside = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed)
+    in_place = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed, in_place=True)
+    torch.testing.assert_close(in_place.y, beside.y)
+    torch.testing.assert_close(in_place.grads, beside.grads)
+
+
+def test_a_base_that_somebody_keeps_for_backward_is_not_overwritten_unnoticed() -> None:
+    x = draw(5, IN).requires_grad_()
+    base = (x @ draw(IN, OUT)).tanh()
+    settings = MixtureSettings(num_experts=1, top_k=1, scale=1.0, balance_coef=0.0)
+    factors = MixtureFactors(draw(R, IN), draw(OUT, R))
+    y, _ = mixture(x, base, factors, settings, signal=BalanceSignal(), into_base=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_on_cuda_one_product_gives_activations_and_logits_in_fp32() -> None:
+    # Without memory and without a device: that the operators exist there, and take and give these dtypes.
+    with FakeTensorMode():
+        x, a, b, router = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((5, IN), (R, IN), (OUT, R), (2, IN))
+        )
+        settings = MixtureSettings(num_experts=2, top_k=1, scale=1.3, balance_coef=0.0)
+        with Called() as called:
+            y, load = mixture(
+                x, x.new_empty(5, OUT), MixtureFactors(a, b, a, b, router), settings, signal=BalanceSignal()
+            )
+    assert called.shapes_of(torch.ops.aten.mm.dtype) == [(5, 2 * R + 2)]
+    assert load is not None
+    assert (y.dtype, load.prob_E.dtype) == (torch.bfloat16, torch.float32)

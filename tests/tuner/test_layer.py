@@ -186,6 +186,50 @@ def test_a_model_without_linear_layers_is_refused() -> None:
         goat(nn.Sequential(nn.Embedding(4, 4)), target_modules=["0"])
 
 
+def two_adapters() -> GoatLayer:
+    """Give a layer on which two adapters are active, as far from their starts as training would bring them."""
+    _, adapted = one_layer(balance_coef=0.0)
+    first = adapted.goat_experts["default"]
+    adapted.goat_experts["second"] = copy.deepcopy(first)
+    adapted.set_adapter(["default", "second"])
+    disturb(adapted)
+    return adapted
+
+
+def test_the_gradient_of_the_input_is_right_with_one_adapter_and_with_two() -> None:
+    adapted = two_adapters()
+    for active in (["default"], ["default", "second"]):
+        adapted.set_adapter(active)
+        assert torch.autograd.gradcheck(adapted, draw_input().requires_grad_())
+
+
+def test_a_gradient_of_factors_alone_leaves_no_trace_in_the_next_one() -> None:
+    adapted, x = two_adapters(), draw_input().requires_grad_()
+    (expected,) = torch.autograd.grad(adapted(x).square().sum(), x)
+    loss = adapted(x).square().sum()
+    torch.autograd.grad(loss, adapted.goat_experts["default"].A, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hook_on_the_base_layer_sees_the_base_alone() -> None:
+    plain, adapted = one_layer()
+    seen: list[Tensor] = []
+    adapted.base_layer.register_forward_hook(lambda _, args, output: seen.append(output))
+    y = adapted(draw_input())
+    assert torch.equal(seen[0], plain(draw_input()))
+    assert not torch.equal(seen[0], y)
+
+
+def test_a_base_layer_that_keeps_its_output_trains() -> None:
+    class Squashed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    _, adapted = one_layer(Squashed(24, 40), balance_coef=0.0)
+    assert torch.autograd.gradcheck(adapted, draw_input().requires_grad_())
+
+
 def test_dropout_is_off_in_evaluation() -> None:
     expected = logits(goat())
     assert torch.equal(logits(goat(dropout=0.5)), expected)

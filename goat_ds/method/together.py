@@ -1,0 +1,65 @@
+"""One gradient of a layer's input, where autograd would write one for each of its readers and then their sum.
+
+The frozen layer and the mixtures beside it read the same ``x``. Writing a gradient ``[T, I]`` for each, reading them
+again and writing the sum takes longer than the mixtures' skinny products, so what a mixture adds waits until the frozen
+layer's part is there, and is added to it in place.
+
+Shape letters: T tokens, I in features, G whatever the mixture's products sum over.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """A gradient of ``x`` that nobody has multiplied out yet."""
+
+    left_TG: Tensor
+    right_GI: Tensor
+
+
+class GradientTogether:
+    """The mixtures' parts of the gradient of one ``x``."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, Tensor | Product] = {}
+
+    def put(self, owner: int, part: Tensor | Product) -> None:
+        """Take the part of one mixture, known by a number; a second backward through the same mixture replaces it."""
+        self._parts[owner] = part
+
+    def added_to_(self, grad_TI: Tensor) -> None:
+        """Add all parts in place, and forget them."""
+        for part in self._parts.values():
+            if isinstance(part, Product):
+                # Under autocast x may be wider than what the layer computes in.
+                grad_TI.addmm_(part.left_TG.to(grad_TI.dtype), part.right_GI.to(grad_TI.dtype))
+            else:
+                grad_TI.add_(part)
+        self._parts.clear()
+
+
+def gradient_together(x: Tensor) -> tuple[Tensor, GradientTogether]:
+    """Give the ``x`` to call the frozen layer with, and what takes the mixtures' parts of its gradient.
+
+    Every path from the frozen layer's output to a loss must lead through the mixtures, so that their backward is over
+    when that of the frozen layer is; and it must make its gradient for nobody else, as a product does.
+    """
+    together = GradientTogether()
+    return _Together.apply(x, together), together
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, together: GradientTogether) -> Tensor:
+        ctx.together = together
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        ctx.together.added_to_(grad.view(-1, grad.shape[-1]))
+        return grad, None
