@@ -69,9 +69,7 @@ def follow(moments: Sequence[Moment], parameters: Mapping[Use, Gathered], zero: 
 
 
 class _Coordinator:
-    def __init__(
-        self, steps: Sequence[tuple[Use, ...]], parameters: Mapping[Use, Gathered], zero: ZeroSizes
-    ) -> None:
+    def __init__(self, steps: Sequence[tuple[Use, ...]], parameters: Mapping[Use, Gathered], zero: ZeroSizes) -> None:
         self._parameters, self._zero, self._step = parameters, zero, 0
         self._uses: dict[Use, list[int]] = defaultdict(list)
         for step, names in enumerate(steps):

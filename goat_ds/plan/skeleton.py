@@ -56,6 +56,10 @@ class Skeleton:
     parameters: tuple[Held, ...]
     weights: dict[str, tuple[int, int]]
     """O and I of the linear layers whose weights are worked on while experts start, by path."""
+    packed_bytes: dict[str, int]
+    """Of the layers that are 4-bit, by path."""
+    becomes_4bit: dict[str, tuple[int, int]]
+    """O and I of the layers that become 4-bit while the base is loaded; empty for a base that is stored so."""
     decomposed: frozenset[str]
     """Paths of those that are decomposed."""
 
@@ -74,9 +78,9 @@ class Skeleton:
         return self.count(Kind.BASE) + four_bit
 
     @property
-    def four_bit_shapes(self) -> dict[str, tuple[int, int]]:
-        """O and I of the layers that are 4-bit, by path."""
-        return {path: linear_shape(m) for path, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+    def value_bytes(self) -> int:
+        """Bytes of one value in the dtype of the run."""
+        return next(held.value_bytes for held in self.parameters if held.kind is Kind.TRAINED)
 
 
 def build(
@@ -107,9 +111,12 @@ def build(
         base: Any = AutoModelForCausalLM.from_config(
             config, trust_remote_code=False, dtype=dtype, attn_implementation=attention
         )
-    weights = {} if stored is not None else _linear_weights(base, quantization)
+    chosen = {} if quantization is None else dict(layers_to_quantize(base, kept=quantization.kept))
+    shapes = {path: linear_shape(layer) for path, layer in chosen.items()}
+    becomes_4bit = {} if stored is not None else shapes
     if quantization is not None:
         _make_4bit(base, quantization, dtype=dtype)
+    packed = {path: base.get_submodule(path).weight.numel() for path in shapes}
     base.config.use_cache = False
     base.train()
     settings = GoatConfig(**{**copy.deepcopy(goat).to_dict(), "deferred": True})
@@ -120,7 +127,7 @@ def build(
     decomposed = frozenset(starts) if settings.init.decomposes else frozenset()
     for item in named_experts(fitted, ADAPTER_NAME):
         item.experts.ready = True
-    return Skeleton(fitted, tuple(_held(fitted)), weights | starts, decomposed)
+    return Skeleton(fitted, tuple(_held(fitted)), becomes_4bit | starts, packed, becomes_4bit, decomposed)
 
 
 def _as_stored(values: dict[str, Any], *, dtype: torch.dtype, compute_dtype: torch.dtype) -> BaseQuantization:
@@ -141,13 +148,6 @@ def _as_stored(values: dict[str, Any], *, dtype: torch.dtype, compute_dtype: tor
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _linear_weights(base: nn.Module, quantization: BaseQuantization | None) -> dict[str, tuple[int, int]]:
-    """Give the shapes of the layers that become 4-bit, adapted or not: each is one rank's work while loading."""
-    if quantization is None:
-        return {}
-    return {path: linear_shape(layer) for path, layer in layers_to_quantize(base, kept=quantization.kept)}
 
 
 def _make_4bit(base: Any, quantization: BaseQuantization, *, dtype: torch.dtype) -> None:

@@ -34,6 +34,14 @@ class Use(NamedTuple):
     block: int | None
 
 
+def use_of(path: str, blocks: str) -> Use:
+    """Part a path in a model into a block of its list of blocks and the path in there."""
+    if not path.startswith(f"{blocks}."):
+        return Use(path, None)
+    block, _, rest = path.removeprefix(f"{blocks}.").partition(".")
+    return Use(rest, int(block))
+
+
 class Moment(NamedTuple):
     """What is held from one border of a module to the next, without the model's parameters and their gradients."""
 
@@ -71,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
         one_document: What the model is told where it asks for a value: whether a row holds one document only.
     """
 
-    def __init__(self, known: Iterable[Tensor], *, one_document: bool) -> None:
+    def __init__(self, known: Iterable[Tensor], *, one_document: bool = False) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._bytes: dict[int, int] = {}
@@ -79,8 +87,8 @@ class LiveBytes(TorchDispatchMode):
         self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            # Tensors without memory have no values. What asks is the mask of attention: does a row hold one document?
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            # Fake tensors have no values. What asks is the mask of attention: does a row hold one document?
             return self._one_document
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
@@ -115,8 +123,10 @@ class _Recorder:
         self._live, self._blocks = live, blocks
         self.moments: list[Moment] = []
         self._begun: tuple[int, bool, bool, str, tuple[str, ...]] = (0, False, False, "", ())
+        # By the name that each has first: the parameters of tied modules are one.
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         for path, module in model.named_modules():
-            own = tuple(f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
+            own = tuple(names[id(parameter)] for parameter in module.parameters(recurse=False))
             module.register_forward_pre_hook(self._noting(True, False, path, own))
             module.register_forward_hook(self._after_forward(path, own))
 
@@ -151,10 +161,7 @@ class _Recorder:
         return note
 
     def _use(self, path: str) -> Use:
-        if not path.startswith(f"{self._blocks}."):
-            return Use(path, None)
-        block, _, rest = path.removeprefix(f"{self._blocks}.").partition(".")
-        return Use(rest, int(block))
+        return use_of(path, self._blocks)
 
 
 def record(
@@ -174,7 +181,7 @@ def record(
         one_document: Whether a row holds one document only, and attention so needs no mask.
         prepare: Switches checkpointing on.
     """
-    path, num_blocks = _blocks_of(model)
+    path, num_blocks = blocks_of(model)
     few = _with_few_blocks(model, path)
     prepare(few)
     mode = FakeTensorMode()
@@ -193,7 +200,7 @@ def record(
     return Timeline(tuple(moments), kept + max(0, num_blocks - NUM_BLOCKS_RUN) * per_block)
 
 
-def _blocks_of(model: nn.Module) -> tuple[str, int]:
+def blocks_of(model: nn.Module) -> tuple[str, int]:
     """Find the list of modules that holds most of a model; give its path and length."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
