@@ -88,7 +88,7 @@ def _needless(planner: Planner) -> Iterator[str]:
     """Say what saves memory that is there: without it the run fits on as many GPUs of the same size."""
     zero, world_size = planner.zero, planner.settings.engine.world_size
     size = next((gib for gib in GPU_GIB if planner.fits(gib, world_size)), None)
-    trials = []
+    trials: list[tuple[str, dict[str, Any], str, str]] = []
     if zero.offloads_optimizer:
         why = "gradients and masters pass through the host in every step"
         trials.append(("offload_optimizer (cpu)", {"offload_optimizer": None}, why, "leave it out"))
