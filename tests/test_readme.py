@@ -100,23 +100,24 @@ def memory_rows(shape: tuple[int, int, int, int], folder: Path) -> list[float]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = LlamaConfig(**dict(zip(names, shape, strict=True)), vocab_size=128256, num_key_value_heads=8, head_dim=128)
     config.save_pretrained(folder)
-    four_bit, double = (planned_skeleton(folder, Packing(double_quant=d)) for d in (False, True))
+    four_bit = planned_skeleton(folder)
+    double = sum(Packing(double_quant=True).num_bytes(o * i) for o, i in four_bit.becomes_4bit.values())
     single, rest = four_bit.num_bytes(Kind.FOUR_BIT), four_bit.num_bytes(Kind.BASE)
     # bf16 values and gradients, fp32 master weights and two moments; the start is frozen.
     trained = four_bit.num_bytes(Kind.START) + four_bit.count(Kind.TRAINED) * (2 + 2 + 4 + 8)
     total = single + rest + trained
-    sizes = (2 * four_bit.num_base_values, single, double.num_bytes(Kind.FOUR_BIT), rest, trained, total, total / 8)
+    sizes = (2 * four_bit.num_base_values, single, double, rest, trained, total, total / 8)
     return [size / 2**30 for size in sizes]
 
 
-def planned_skeleton(folder: Path, packing: Packing) -> Skeleton:
+def planned_skeleton(folder: Path) -> Skeleton:
     how = dict.fromkeys(("dtype", "weight_dtype", "compute_dtype"), "bfloat16")
     return build(
         str(folder),
         GoatConfig(r=32, num_experts=8, exclude_modules=["lm_head"]),
         dtype=torch.bfloat16,
         attention="sdpa",
-        quantization=BaseQuantization(packing=packing, **how),
+        quantization=BaseQuantization(packing=Packing(), **how),
         compute_dtype=torch.bfloat16,
     )
 

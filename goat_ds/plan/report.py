@@ -27,7 +27,7 @@ def lines(planner: Planner) -> Iterator[str]:
     seconds = planner.decompositions.seconds(world_size)
     yield f"decompositions: about {seconds:,.0f} s if none is cached (estimated by trying one here and now)"
     for line in slow(planner):
-        yield f"slow: {line}"
+        yield f"to mend: {line}"
     yield f"smallest number of GPUs ({1 - USABLE:.0%} of each left to CUDA and NCCL):"
     for suggestion in planner.suggestions:
         yield f"  {_suggested(suggestion)}"
@@ -48,7 +48,7 @@ def _activations(planner: Planner) -> Iterator[str]:
     own, kind = settings.num_tokens, settings.checkpointing
     labels = "every token a label" if settings.num_labels is None else f"at most {settings.num_labels:,} labels"
     code = "attention without a mask" if settings.attention is Attention.FLASH_ATTENTION_2 else settings.attention
-    yield f"activations, logits and loss at most, {labels}, {code}:"
+    yield f"activations, logits and loss of a micro-batch, {labels}, {code}:"
     by_length = [(num_tokens, planner.timeline_of(kind, num_tokens)) for num_tokens in (own // 2, own, 2 * own)]
     yield "  " + ", ".join(f"{num_tokens:,} tokens {_gib(line.peak)}" for num_tokens, line in by_length)
     by_kind = [(each, planner.timeline_of(each, own)) for each in Checkpointing]
