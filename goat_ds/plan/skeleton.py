@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize, stored_quantization
 from goat_ds.tuner.config import GoatConfig
@@ -102,6 +103,8 @@ def build(
         quantization: How the base becomes 4-bit; None: it does not, unless it is stored so.
         compute_dtype: What 4-bit weights are unpacked to.
     """
+    # What an engine of this process told transformers must not shard what has no memory.
+    unset_hf_deepspeed_config()
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     stored = stored_quantization(config)
     if stored is not None:

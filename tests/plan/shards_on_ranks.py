@@ -20,8 +20,8 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     ranks.join(processes, timeout_minutes=5)
     Path(folder).mkdir(exist_ok=True)
     planner = planner_of(config, world_size=processes.world_size)
-    engine = loop.build(config, processes, num_steps=100)
     parts = planned(planner.run(processes.world_size))
+    engine = loop.build(config, processes, num_steps=100)
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
     found = {
