@@ -39,6 +39,7 @@ bench: setup
 	python benchmarks/base_4bit_step.py
 	python benchmarks/checkpoint.py
 	python benchmarks/communication.py
+	python benchmarks/plan.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ class LiveTensors(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in known | self._bytes.keys() and self._only in (None, tensor.dtype):
                 # safetensors gives a tensor a part of a mapped file; nothing else sets storages.
-                is_lent = func is torch.ops.aten.set_.source_Storage and _is_mapped(tensor)
+                is_lent = func is torch.ops.aten.set_.source_Storage and is_mapped(tensor)
                 self._count(storage, num_bytes=0 if is_lent or not self._is_counting else storage.nbytes())
         return outputs
 
@@ -67,7 +67,7 @@ def _tensors_in(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
 
 
-def _is_mapped(tensor: Tensor) -> bool:
+def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor's bytes lie in a file that is mapped into memory."""
     address = tensor.untyped_storage().data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():

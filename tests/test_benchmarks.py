@@ -32,6 +32,18 @@ SMALLEST = {
     "base_4bit_step.py": ["--shapes", "gemma-3-270m", "--tokens", "16", "--repetitions", "2"],
     "communication.py": ["--hidden", "512", "--intermediate", "1024", "--tokens", "16", "--steps", "2"],
     "checkpoint.py": ["--layers", "1", "--tokens", "16", "--repetitions", "2"],
+    "plan.py": [
+        "--layers",
+        "1",
+        "--hidden",
+        "128",
+        "--intermediate",
+        "256",
+        "--vocabulary",
+        "64",
+        "--tokens",
+        "32",
+    ],
 }
 
 

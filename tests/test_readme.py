@@ -6,16 +6,16 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from goat_ds import GoatConfig
+from goat_ds.plan.skeleton import Kind, Skeleton, build
 from goat_ds.train.config import parse
-from goat_ds.tuner.base_quantization import layers_to_quantize
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.quantized import Packing
 from tests.launching import REPOSITORY, cpu_environment
 
@@ -95,27 +95,35 @@ def test_the_map_names_every_room_and_nothing_else() -> None:
 LLAMA_3 = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128)}
 
 
-def memory_rows(shape: tuple[int, int, int, int]) -> list[float]:
+def memory_rows(shape: tuple[int, int, int, int], folder: Path) -> list[float]:
     """Compute one column of the README's table of memory, in GiB."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = LlamaConfig(**dict(zip(names, shape, strict=True)), vocab_size=128256, num_key_value_heads=8, head_dim=128)
-    with torch.device("meta"):
-        base = LlamaForCausalLM(config)
-    whole = 2 * sum(parameter.numel() for parameter in base.parameters())
-    four_bit = [layer.weight.numel() for _, layer in layers_to_quantize(base, kept=())]
-    single, double = (sum(Packing(double_quant=d).num_bytes(n) for n in four_bit) for d in (False, True))
-    rest = whole - 2 * sum(four_bit)
-    config = GoatConfig(r=32, num_experts=8, deferred=True, exclude_modules=["lm_head"])
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    config.save_pretrained(folder)
+    four_bit = planned_skeleton(folder)
+    double = sum(Packing(double_quant=True).num_bytes(o * i) for o, i in four_bit.becomes_4bit.values())
+    single, rest = four_bit.num_bytes(Kind.FOUR_BIT), four_bit.num_bytes(Kind.BASE)
     # bf16 values and gradients, fp32 master weights and two moments; the start is frozen.
-    experts = [p for item in named_experts(model, "default") for p in item.experts.parameters()]
-    trained = sum(p.numel() * (2 + 2 + 4 + 8 if p.requires_grad else 2) for p in experts)
+    trained = four_bit.num_bytes(Kind.START) + four_bit.count(Kind.TRAINED) * (2 + 2 + 4 + 8)
     total = single + rest + trained
-    return [size / 2**30 for size in (whole, single, double, rest, trained, total, total / 8)]
+    sizes = (2 * four_bit.num_base_values, single, double, rest, trained, total, total / 8)
+    return [size / 2**30 for size in sizes]
 
 
-def test_the_table_of_memory_is_computed_from_the_shapes() -> None:
-    columns = [memory_rows(shape) for shape in LLAMA_3.values()]
+def planned_skeleton(folder: Path) -> Skeleton:
+    how = dict.fromkeys(("dtype", "weight_dtype", "compute_dtype"), "bfloat16")
+    return build(
+        str(folder),
+        GoatConfig(r=32, num_experts=8, exclude_modules=["lm_head"]),
+        dtype=torch.bfloat16,
+        attention="sdpa",
+        quantization=BaseQuantization(packing=Packing(), **how),
+        compute_dtype=torch.bfloat16,
+    )
+
+
+def test_the_table_of_memory_is_computed_from_the_shapes(tmp_path: Path) -> None:
+    columns = [memory_rows(shape, tmp_path) for shape in LLAMA_3.values()]
     rows = [" | ".join(f"{value:.1f}" for value in row) for row in zip(*columns, strict=True)]
     table = README[README.index("| base in bf16 |") :]
     written = [line.partition("|")[2].partition("|")[2].strip(" |") for line in table.splitlines()[: len(rows)]]

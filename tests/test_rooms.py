@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tuner": {"errors", "method"},
     "zero": {"errors", "manifest", "method", "tuner"},
     "data": {"errors", "manifest", "method", "tuner"},
-    "train": BELOW_TRAINING | {"demo", "front door"},
+    "train": BELOW_TRAINING | {"demo", "plan", "front door"},
     "export": BELOW_TRAINING | {"front door"},
     "evaluate": BELOW_TRAINING - {"zero"} | {"export", "front door"},
     "plan": BELOW_TRAINING | {"front door"},

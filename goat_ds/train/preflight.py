@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run and can be known before a weight is read, in one message."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,9 +8,10 @@ from goat_ds import demo
 from goat_ds.data import check_sources, load_tokenizer
 from goat_ds.data.probe import row_problem
 from goat_ds.errors import ConfigError
+from goat_ds.plan import Planner, PlanSettings
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.train.resume import Resumption
-from goat_ds.zero import ds_config, engine, ranks
+from goat_ds.zero import ds_config, engine, ranks, sizes
 from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
@@ -63,12 +65,7 @@ def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
     yield from resumption.problems
     yield from _folder_problems(config, resumption)
     base_is_4bit, told = _check_4bit(config)
-    if config.ds_config is not None:
-        raw, unreadable = ds_config.read(config.ds_config)
-        yield from unreadable
-        if not unreadable:
-            settings = engine_settings(config, world_size=processes.world_size, raw=raw)
-            yield from ds_config.problems(raw, settings, base_is_4bit=base_is_4bit)
+    yield from _ds_config_problems(config, world_size=processes.world_size, base_is_4bit=base_is_4bit)
     if config.bnb_4bit_compute_dtype is not None and not base_is_4bit:
         yield (
             f"bnb_4bit_compute_dtype ({config.bnb_4bit_compute_dtype}) has no effect on an unquantised base; use "
@@ -85,6 +82,69 @@ def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
         yield from dict.fromkeys([*told, *found])
     yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
     yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+
+
+def _ds_config_problems(config: TrainConfig, *, world_size: int, base_is_4bit: bool) -> Iterator[str]:
+    if config.ds_config is None:
+        return
+    raw, unreadable = ds_config.read(config.ds_config)
+    yield from unreadable
+    if not unreadable:
+        settings = engine_settings(config, world_size=world_size, raw=raw)
+        found = list(ds_config.problems(raw, settings, base_is_4bit=base_is_4bit))
+        yield from found or _raised_by(
+            lambda: sizes.read(ds_config.fill(raw, settings), model_dtype=engine.DTYPES[config.precision])
+        )
+
+
+def plan_problems(config: TrainConfig, *, world_size: int) -> Iterator[str]:
+    """Say everything that keeps a plan from being made, one line each; it needs neither data nor a folder."""
+    if world_size < 1:
+        yield f"world_size ({world_size}) must be at least 1"
+        return
+    placed = dataclasses.replace(config, data=config.data or ["-"], output_dir=config.output_dir or "-")
+    numbers = list((config if config.is_demo else placed).problems())
+    yield from numbers
+    if not (config.model or config.is_demo):
+        return
+    base_is_4bit, told = _check_4bit(config)
+    yield from _ds_config_problems(config, world_size=world_size, base_is_4bit=base_is_4bit)
+    yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
+    model = model_name(config)
+    unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=None)))
+    if not numbers:
+        unfit += _raised_by(lambda: engine.rehearse(model, config.goat(), quantization=config.quantization()))
+    # A config that cannot be read is told once.
+    yield from dict.fromkeys([*told, *unfit])
+
+
+def planner_of(config: TrainConfig, *, world_size: int, num_labels: int | None = None) -> Planner:
+    """Give what plans a run; ``plan_problems`` must have found none.
+
+    Args:
+        config: Of the run.
+        world_size: Number of ranks.
+        num_labels: Most label tokens of a micro-batch; None: every token may be one.
+    """
+    assert config.ds_config is not None
+    raw, _ = ds_config.read(config.ds_config)
+    as_4bit = dataclasses.replace(config, load_in_4bit=True).quantization()
+    assert as_4bit is not None
+    return Planner(
+        PlanSettings(
+            model=model_name(config),
+            goat=config.goat(),
+            quantization=config.quantization(),
+            as_4bit=as_4bit,
+            ds_config=raw,
+            engine=engine_settings(config, world_size=world_size, raw=raw),
+            compute_dtype=engine.DTYPES[config.bnb_4bit_compute_dtype or config.precision],
+            max_length=config.max_length,
+            num_labels=num_labels,
+            checkpointing=config.gradient_checkpointing,
+            attention=engine.choose_attention(config.attn, precision=config.precision),
+        )
+    )
 
 
 def _folder_problems(config: TrainConfig, resumption: Resumption) -> Iterator[str]:

@@ -5,9 +5,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from goat_ds import plan
 from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
 from goat_ds.train.config import (
     TrainConfig,
@@ -18,11 +19,11 @@ from goat_ds.train.config import (
     world_rank_from_environment,
 )
 from goat_ds.train.loop import train
-from goat_ds.train.preflight import problems
+from goat_ds.train.preflight import planner_of, problems
 from goat_ds.train.resume import look
 from goat_ds.train.saving import RunMemory
 from goat_ds.train.signals import INTERRUPTED, Signals
-from goat_ds.train.tokens import digest_on_first, load_all_tokens
+from goat_ds.train.tokens import Tokens, digest_on_first, load_all_tokens
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import ds_config, nodes, ranks
 from goat_ds.zero.lock import locked
@@ -78,6 +79,7 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, wa
     if config.dry_run:
         tokens, _ = load_all_tokens(config, processes)
         RunMemory(resumption, digest_on_first(tokens.dataset, processes), processes)
+        ranks.together(lambda: say(processes, *_plan(config, processes, tokens)) if processes.is_first else None)
         say(processes, "dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
@@ -87,6 +89,11 @@ def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, wa
         ranks.together(lambda: checkpoints.sweep(config.folder) if processes.is_first else None)
         saved = train(resumption, processes, signals, step_done=watch.step_done)
     say(processes, f"saved {saved}")
+
+
+def _plan(config: TrainConfig, processes: Ranks, tokens: Tokens) -> Iterator[str]:
+    num_labels = config.micro_batch_size * max(tokens.packed.num_labels)
+    yield from plan.lines(planner_of(config, world_size=processes.world_size, num_labels=num_labels))
 
 
 def _tell_of_build_locks() -> None:

@@ -146,10 +146,12 @@ def test_deepspeeds_monitors_get_the_same_numbers(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
     done = launch(*TRAIN, *SHORT, "--output_dir", str(tmp_path / "run"), "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "nothing is wrong that can be known before weights are read" in done.stdout
+    for words in ("plan: ", "trained: ", "a rank in training, at most: ", "smallest number of GPUs"):
+        assert words in done.stdout
     assert not (tmp_path / "run").exists()
 
 

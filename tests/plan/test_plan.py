@@ -1,0 +1,185 @@
+"""A plan says what a run really has: counted against real models, and told in one sentence where there is none."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from goat_ds import GoatConfig, plan
+from goat_ds.errors import ConfigError
+from goat_ds.plan.advice import slow
+from goat_ds.plan.memory import Place, checkpoint_bytes
+from goat_ds.plan.planner import GPU_GIB
+from goat_ds.plan.skeleton import Kind, build
+from goat_ds.train.preflight import plan_problems
+from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
+from goat_ds.tuner.quantized import Packing
+from tests.launching import REPOSITORY
+from tests.models import CAUSAL_LMS, causal_lm
+from tests.plan.helpers import config_only, planner, settings
+
+ADAPTERS: list[dict[str, Any]] = [
+    {},
+    {"r": 16, "num_experts": 4, "residual": "fold"},
+    {"init": "zero", "target_modules": ["q_proj", "up_proj"]},
+    {"num_experts": 1, "top_k": 1},
+    {"adaptive_scale": True, "exclude_modules": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("options", ADAPTERS, ids=str)
+def test_parameters_are_those_of_a_real_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    goat = {"r": 8, "num_experts": 4} | options
+    model = get_peft_model(causal_lm(dtype=torch.bfloat16), GoatConfig(**goat), autocast_adapter_dtype=False)
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
+    skeleton = build(config_only(tmp_path), GoatConfig(**goat), attention="sdpa", quantization=None, **bf16)
+    assert {held.name: held.num_values for held in skeleton.parameters if held.kind is Kind.TRAINED} == {
+        name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    assert skeleton.num_bytes(*Kind) == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", CAUSAL_LMS)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_4bit_base_holds_the_bytes_that_its_layers_are_packed_in(
+    tmp_path: Path, name: str, double_quant: bool
+) -> None:
+    packing = Packing(double_quant=double_quant, block_size=32)
+    how = dict.fromkeys(("dtype", "weight_dtype", "compute_dtype"), "bfloat16")
+    skeleton = build(
+        config_only(tmp_path, name),
+        GoatConfig(r=8),
+        dtype=torch.bfloat16,
+        attention="sdpa",
+        quantization=BaseQuantization(packing=packing, **how),
+        compute_dtype=torch.bfloat16,
+    )
+    layers = [layer for _, layer in layers_to_quantize(causal_lm(name), kept=())]
+    values: list[int] = [layer.weight.numel() for layer in layers]  # type: ignore[union-attr, operator, misc]
+    assert skeleton.num_bytes(Kind.FOUR_BIT) == sum(map(packing.num_bytes, values))
+    assert skeleton.num_base_values == causal_lm(name).num_parameters()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shards_are_padded_and_more_ranks_hold_less_each(tmp_path: Path, stage: int) -> None:
+    found = planner(tmp_path, ds_config={"zero_optimization": {"stage": stage}})
+    alone, two, three = (found.in_training(ranks) for ranks in (1, 2, 3))
+    masters = [next(p.num_bytes for p in memory.parts if p.name.startswith("master")) for memory in (alone, two, three)]
+    trained = found.skeleton.count(Kind.TRAINED)
+    assert masters[0] == 4 * trained
+    for ranks, bytes_here in zip((2, 3), masters[1:], strict=True):
+        assert 4 * trained <= ranks * bytes_here <= 4 * (trained + ranks * len(found.skeleton.parameters))
+
+
+def test_what_is_offloaded_is_on_the_host(tmp_path: Path) -> None:
+    content = json.loads((REPOSITORY / "ds_configs" / "zero3_offload.json").read_text())
+    memory = planner(tmp_path, ds_config=content).in_training(2)
+    on_host = {part.name for part in memory.parts if part.place is Place.HOST}
+    assert {"base", "adapter, trained", "master weights, fp32", "Adam's moments, fp32", "gradients"} <= on_host
+    assert planner(tmp_path).in_training(2).on(Place.HOST) == 0
+
+
+def test_a_checkpoint_is_the_adapter_and_12_bytes_a_trained_value(tmp_path: Path) -> None:
+    skeleton = planner(tmp_path).skeleton
+    trained, start = skeleton.count(Kind.TRAINED), skeleton.count(Kind.START)
+    assert checkpoint_bytes(skeleton) == 14 * trained + 2 * start
+
+
+def test_the_smallest_number_of_gpus_suffices_and_one_less_does_not(tmp_path: Path) -> None:
+    wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 64, "vocab_size": 32000}
+    base = config_only(tmp_path, **wide, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    found = planner(tmp_path, "--gradient_checkpointing", "non_reentrant", base=base)
+    numbers = [found.smallest(size) for size in GPU_GIB]
+    assert numbers[0] is not None and numbers[0] > 1
+    for size, number in zip(GPU_GIB, numbers, strict=True):
+        assert number is not None and found.fits(size, number)
+        assert number == 1 or not found.fits(size, number - 1)
+    assert numbers == sorted(numbers, reverse=True)  # type: ignore[type-var]
+
+
+def test_a_run_that_fits_nowhere_is_told_what_to_change(tmp_path: Path) -> None:
+    huge = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    base = config_only(tmp_path, **huge, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+    found = planner(tmp_path, base=base, ds_config={"zero_optimization": {"stage": 2}})
+    for suggestion in found.suggestions:
+        assert suggestion.num_gpus is not None
+        assert "--ds_config ds_configs/zero3.json" in suggestion.changes
+
+
+def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) -> None:
+    lines = list(slow(planner(tmp_path)))
+    assert [line for line in lines if "reduce_bucket_size" not in line and "stage (3)" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "words"),
+    [
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown (true) is slow"),
+        ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, "small parameters are gathered"),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": False}}, "overlap_comm (false) is slow"),
+        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0}}, "stage3_prefetch_bucket_size (0)"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 16}}, "reduce_bucket_size (16) is slow"),
+        ({"zero_optimization": {"stage": 2}}, "reduce_bucket_size (500000000) holds"),
+        ({"zero_optimization": {"stage": 3}}, "stage (3) is slow: all parameters are gathered"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+            "offload_optimizer (cpu) is slow",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "offload_param.pin_memory (false) is slow",
+        ),
+    ],
+)
+def test_what_is_slow_is_said(tmp_path: Path, ds_config: dict[str, Any], words: str) -> None:
+    assert sum(words in line for line in slow(planner(tmp_path, ds_config=ds_config))) == 1
+
+
+def test_everything_that_keeps_a_plan_from_being_made_is_told_at_once(tmp_path: Path) -> None:
+    ds_config = {"zero_optimization": {"stage": 3}, "speed": "high", "train_batch_size": 7}
+    config = settings(tmp_path, "--max_length", "1000", "--target_modules", "nowhere", ds_config=ds_config)
+    found = list(plan_problems(config, world_size=2))
+    for words in ("speed is not a key", "train_batch_size (7)", "max_length (1000)", "target_modules (nowhere)"):
+        assert sum(words in line for line in found) == 1, (words, found)
+    assert list(plan_problems(config, world_size=0)) == ["world_size (0) must be at least 1"]
+
+
+def test_values_that_deepspeed_refuses_are_told_by_their_name(tmp_path: Path) -> None:
+    config = settings(tmp_path, ds_config={"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}})
+    (line,) = plan_problems(config, world_size=2)
+    assert line.startswith("ds_config: zero_optimization.reduce_bucket_size (-1): ")
+
+
+def test_a_folder_with_a_config_alone_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))["main"]
+    ds_config = str(REPOSITORY / "ds_configs" / "zero3.json")
+    size = ["--max_length", "32", "--r", "8"]
+    main(["--model", config_only(tmp_path), "--ds_config", ds_config, "--world_size", "4", *size])
+    printed = capsys.readouterr().out
+    for words in ("ZeRO-3, 4 ranks", "trained:", "while loading", "in training", "checkpoint on disk", "  24 GB: 1"):
+        assert words in printed
+    with pytest.raises(SystemExit, match=r"model .* cannot be loaded"):
+        main(["--model", str(tmp_path / "none"), "--ds_config", ds_config])
+
+
+def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path) -> None:
+    stored = {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    }
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    as_stored = planner(tmp_path, base=config_only(tmp_path, **stored, **wide))
+    memory = as_stored.in_training(2)
+    assert list(plan.lines(as_stored))
+    made = planner(tmp_path, "--load_in_4bit", base=config_only(tmp_path, **wide))
+    assert memory == made.in_training(2)
+
+
+def test_a_model_that_does_not_exist_is_one_error(tmp_path: Path) -> None:
+    config = settings(tmp_path, base=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        raise ConfigError(*plan_problems(config, world_size=1))
+    assert len(list(plan_problems(config, world_size=1))) == 1
