@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from goat_ds.plan.memory import Run, checkpoint_bytes, optimizer, weights
-from goat_ds.train import loop
+from goat_ds.train.build import build
 from goat_ds.train.config import parse, ranks_from_environment
 from goat_ds.train.preflight import planner_of
 from goat_ds.zero import engine as engines
@@ -21,7 +21,7 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     Path(folder).mkdir(exist_ok=True)
     planner = planner_of(config, world_size=processes.world_size)
     parts = planned(planner.run(processes.world_size))
-    engine = loop.build(config, processes, num_steps=100)
+    engine = build(config, processes, num_steps=100)
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
     found = {
