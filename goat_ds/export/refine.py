@@ -24,7 +24,7 @@ from goat_ds.export.compare import Comparison, Reference, compare, divergence
 from goat_ds.export.tokens import Packs
 from goat_ds.export.trained import STATIC, TRAINED, TrainedModel
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 """Peak rate of AdamW, in units of each factor's root mean square."""
 NUM_OTHERS = 64
 """Positions of a row without a label that count in a step; their logits take memory as those at labels do."""
