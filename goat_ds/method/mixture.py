@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from goat_ds.method.dropout import dropout_mask, kept_share
 from goat_ds.method.routing import (
     BalanceSignal,
     RouterLoad,
@@ -118,15 +119,6 @@ def mixture(
     return MixtureOutput(y, RouterLoad(*load) if load else None)
 
 
-def dropout_mask(x_TI: Tensor, *, dropout: float, seed: int) -> Tensor:
-    """Give 1 where ``A`` sees ``x``, else 0, in the dtype of ``x``: what a seed draws again need not be kept."""
-    generator = torch.Generator(x_TI.device).manual_seed(seed)
-    # Four decisions of 16 bits each from one draw take a CPU a quarter of the time of a draw each.
-    words = torch.empty(-(-x_TI.numel() // 4), dtype=torch.int64, device=x_TI.device)
-    bits_TI = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x_TI.numel()].view(x_TI.shape)
-    return (bits_TI >= round(dropout * 2**16) - 2**15).to(x_TI.dtype)
-
-
 class _Mixture(torch.autograd.Function):
     # Tokens are made one dimension in here: a reshape outside is a node of its own, whose gradient is a view, and
     # autograd then adds it to the base's gradient out of place.
@@ -224,7 +216,7 @@ def _mask(x_TI: Tensor, settings: MixtureSettings, seed: int | None) -> Tensor |
 
 
 def _dropped(x_TI: Tensor, mask_TI: Tensor | None) -> Tensor:
-    """What ``A`` sees, but for the factor ``1 / (1 - dropout)``, which is cheaper on ``A x`` and on its gradient."""
+    """What ``A`` sees, but for the division by ``kept_share``, which is cheaper on ``A x`` and on its gradient."""
     return x_TI if mask_TI is None else x_TI * mask_TI
 
 
@@ -237,7 +229,7 @@ def _activations(
     u_TR, u0_TR, logits_TE = _products(x_TI, weights, wide=router_EI is not None and not is_apart)
     if is_dropped:
         mask_TI = _mask(x_TI, settings, dropout_seed)
-        u_TR = (_dropped(x_TI, mask_TI) @ factors.a_RI.to(x_TI.dtype).T).div_(1 - settings.dropout)
+        u_TR = (_dropped(x_TI, mask_TI) @ factors.a_RI.to(x_TI.dtype).T).div_(kept_share(settings.dropout))
     if router_EI is not None and is_apart:
         logits_TE = _widened_logits(x_TI, router_EI)
     assert u_TR is not None
@@ -339,7 +331,7 @@ def _rank_gradients(
         grad_logits_TE = _logits_gradient(ctx, gates_TE, probs_TE, grad_gates_ET.T).to(u_TR.dtype)
     grad_u_TR = grad_h_TS[:, :r] * rank_gates_TR
     if ctx.dropout_seed is not None:
-        grad_u_TR.div_(1 - settings.dropout)
+        grad_u_TR.div_(kept_share(settings.dropout))
     return _RankGradients(grad_u_TR, grad_logits_TE, grad_u0_TR)
 
 

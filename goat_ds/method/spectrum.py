@@ -116,11 +116,11 @@ def decompose(weight_OI: Tensor, indices_ED: Tensor) -> Directions:
     out is checked, and where it is less accurate than ``ACCURACY`` the SVD is taken, in float64 as well.
 
     Args:
-        weight_OI: The whole weight ``[O, I]``, any float dtype.
+        weight_OI: The whole weight ``[O, I]``, any float dtype, all finite.
         indices_ED: Wanted indices into the descending spectrum ``[E, D]``.
 
     Returns:
-        Directions in float64, the same for the same weight.
+        Directions in float64, the same bits for the same weight on one machine with as many threads.
     """
     weight_64, indices_R = weight_OI.detach().to(torch.float64), indices_ED.flatten().to(weight_OI.device)
     return _decompose_by_gram(weight_64, indices_R) or _decompose_by_svd(weight_64, indices_R)

@@ -24,15 +24,17 @@ class GradientTogether:
     """The mixtures' parts of the gradient of one ``x``."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, Tensor | Product] = {}
+        self._parts: dict[int, tuple[int, Tensor | Product]] = {}
 
     def put(self, owner: int, part: Tensor | Product) -> None:
-        """Take the part of one mixture, known by a number; a second backward through the same mixture replaces it."""
-        self._parts[owner] = part
+        """Take the part of one mixture, known by a number, in the running backward."""
+        self._parts[owner] = (_running_backward(), part)
 
     def added_to_(self, grad_TI: Tensor) -> None:
-        """Add all parts in place, and forget them."""
-        for part in self._parts.values():
+        """Add the parts of the running backward in place, and forget all: one of another backward is not its own."""
+        for backward, part in self._parts.values():
+            if backward != _running_backward():
+                continue
             if isinstance(part, Product):
                 # Under autocast x may be wider than what the layer computes in.
                 grad_TI.addmm_(part.left_TG.to(grad_TI.dtype), part.right_GI.to(grad_TI.dtype))
@@ -41,11 +43,16 @@ class GradientTogether:
         self._parts.clear()
 
 
+def _running_backward() -> int:
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
 def gradient_together(x: Tensor) -> tuple[Tensor, GradientTogether]:
     """Give the ``x`` to call the frozen layer with, and what takes the mixtures' parts of its gradient.
 
-    Every path from the frozen layer's output to a loss must lead through the mixtures, so that their backward is over
-    when that of the frozen layer is; and it must make its gradient for nobody else, as a product does.
+    The frozen layer must make its gradient for nobody else, as a product does. Where its output leads to a loss through
+    the mixtures, their backward is over when its own begins.
     """
     together = GradientTogether()
     return _Together.apply(x, together), together

@@ -30,8 +30,8 @@ from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, weight_of_4bit
 
 FROZEN = ("A0", "B0", "s")
-KEEP_NO_OUTPUT = (nn.Linear, Conv1D, QuantizedLinear)
-"""Layers, themselves and not what derives from them, whose output no backward needs."""
+PRODUCTS = (nn.Linear, Conv1D, QuantizedLinear)
+"""Layers, themselves and not what derives from them, that are one product: no backward needs their output."""
 MERGE_REFUSAL = (
     "a GOAT adapter is never merged in place: what routed experts add depends on the token; write a checkpoint "
     "instead: python launch/export.py --mode exact, or --mode dense for the nearest dense weights and what they cost"
@@ -83,6 +83,16 @@ class GoatExperts(nn.Module):
             num_experts=self.config.num_experts,
             r=self.config.r,
         )
+
+    def directions_in(self, weight_OI: Tensor) -> Directions:
+        """Decompose the base weight where the experts start.
+
+        Raises:
+            ConfigError: the weight holds values that are no numbers.
+        """
+        if not weight_OI.isfinite().all():
+            raise ConfigError(f"the weight of {self.name} holds values that are not finite; load a base that is whole")
+        return decompose(weight_OI, self.indices())
 
     @torch.no_grad()
     def start(self, directions: Directions | None) -> None:
@@ -232,7 +242,7 @@ class GoatExperts(nn.Module):
 
     def _dropout_seed(self) -> int | None:
         # Drawn on the host, where both kinds of checkpointing restore the generator before they run a layer again.
-        return int(torch.randint(2**62, ())) if self.training and self.config.dropout else None
+        return int(torch.randint(2**62, (), device="cpu")) if self.training and self.config.dropout else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -276,7 +286,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
             ConfigError: the weight is not here: partitioned, or on the meta device.
         """
         experts = self._experts()[adapter_name]
-        directions = decompose(self.weight_OI(), experts.indices()) if experts.config.init.decomposes else None
+        directions = experts.directions_in(self.weight_OI()) if experts.config.init.decomposes else None
         experts.start(directions)
         self.fold(adapter_name)
 
@@ -342,12 +352,15 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         used = [
             (experts, name in active) for name, experts in self._experts().items() if name in active or experts.folded
         ]
-        is_shared = x.requires_grad and torch.is_grad_enabled() and any(is_active for _, is_active in used)
+        is_plain = self._is_plain
+        is_shared = is_plain and not self._is_watched_backward and any(is_active for _, is_active in used)
+        is_shared = is_shared and x.requires_grad and torch.is_grad_enabled()
         x_of_base, together = gradient_together(x) if is_shared else (x, None)
         result: Tensor = self.base_layer(x_of_base, *args, **kwargs)
         if not result.requires_grad:
             together = None
-        into_base = self._is_output_unseen
+        # Under ZeRO-3 DeepSpeed hooks every layer, and the sum is written beside the base's output.
+        into_base = is_plain and not self._is_watched
         for experts, is_active in used:
             # Detached out here: ZeRO-3 waits for the gradients of all inputs that need one before it lets weights go.
             x_seen = x.detach() if is_active and together is not None else x
@@ -356,11 +369,20 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         return result
 
     @property
-    def _is_output_unseen(self) -> bool:
-        """Whether the base's output is nobody's but this layer's: its forward keeps none, and no hook is given it."""
-        base = self.base_layer
-        is_watched = base._forward_hooks or nn.modules.module._global_forward_hooks
-        return type(base) in KEEP_NO_OUTPUT and not is_watched
+    def _is_plain(self) -> bool:
+        """Whether the base makes its output and its gradient of ``x`` anew, for nobody but this layer."""
+        return type(self.base_layer) in PRODUCTS and "forward" not in vars(self.base_layer)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether a hook is given the base's output."""
+        return bool(self.base_layer._forward_hooks or nn.modules.module._global_forward_hooks)
+
+    @property
+    def _is_watched_backward(self) -> bool:
+        """Whether a hook is given the base's gradients."""
+        hooks = (self.base_layer._backward_hooks, nn.modules.module._global_backward_hooks)
+        return any(map(bool, hooks))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse, with the way out.

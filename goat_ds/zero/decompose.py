@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from goat_ds.method.spectrum import Directions, decompose
+from goat_ds.method.spectrum import Directions
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint, sample_layer
 from goat_ds.tuner.layer import GoatExperts
@@ -336,13 +336,13 @@ def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None
     """Give the directions an adapter starts from in fp32, from the cache or the weight; say whether it was cached."""
     indices_ED = experts.indices()
     if cache is None:
-        return _in_fp32(decompose(weight_OI, indices_ED)), False
+        return _in_fp32(experts.directions_in(weight_OI)), False
     entry = cache / f"{_key(weight_OI, indices_ED)}.safetensors"
     shapes = [(weight_OI.shape[0], indices_ED.numel()), (indices_ED.numel(),), (indices_ED.numel(), weight_OI.shape[1])]
     known = _read(entry, shapes)
     if known is not None:
         return Directions(*(tensor.to(weight_OI.device) for tensor in known)), True
-    directions = _in_fp32(decompose(weight_OI, indices_ED))
+    directions = _in_fp32(experts.directions_in(weight_OI))
     _write(entry, directions)
     return directions, False
 

@@ -6,6 +6,7 @@ began. With reentrant checkpointing that is the block. With non-reentrant checkp
 all weights before that one are let go, and gathered a third time in the step, each when it is already waited for.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -18,10 +19,15 @@ _keep: Callable[[nn.Module, nn.Parameter], None] = coordinator.update_recompute_
 
 
 def keep_until_a_blocks_backward_is_done(model: nn.Module) -> None:
-    """Let DeepSpeed keep what the recomputation of a block has gathered as long as the block's backward runs."""
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            _block_of.update((module, ref(block)) for module in block.modules())
+    """Let DeepSpeed keep what the recomputation of a block has gathered as long as the block's backward runs.
+
+    The function of DeepSpeed's that is replaced stays so in this process; other models keep its behaviour.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # A module that several blocks share does not tell which of them is recomputed.
+    num_blocks = Counter(module for block in blocks for module in block.modules())
+    for block in blocks:
+        _block_of.update((module, ref(block)) for module in block.modules() if num_blocks[module] == 1)
     coordinator.update_recompute_parameters = _keep_for_block
 
 

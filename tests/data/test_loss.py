@@ -120,6 +120,17 @@ def test_chunks_are_no_less_exact_than_all_logits_at_once(dtype: torch.dtype) ->
     assert in_gradient <= 1.001 * at_once_in_gradient
 
 
+@pytest.mark.parametrize("vocabulary", [50, 300])
+def test_a_position_that_is_ignored_has_no_loss_and_no_gradient(vocabulary: int) -> None:
+    logits, targets = drawn(6, vocabulary, torch.float32)
+    targets[[1, 4]] = -100
+    value, gradient = with_gradient(cross_entropy_sum, logits, targets)
+    expected, expected_gradient = with_gradient(at_once, logits, targets)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert not gradient[[1, 4]].any()
+
+
 def test_a_loss_scale_keeps_small_gradients_in_fp16() -> None:
     logits, targets = torch.zeros(2, 2**17, dtype=torch.float16), torch.tensor([5, 7])
     _, gradient = with_gradient(cross_entropy_sum, logits, targets, scale=2.0**14)

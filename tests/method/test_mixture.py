@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goat_ds.method.mixture import MixtureFactors, MixtureSettings, dropout_mask, mixture
+from goat_ds.method.dropout import dropout_mask, kept_share
+from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
 from goat_ds.method.together import gradient_together
 from tests import reference
@@ -93,6 +94,16 @@ def test_a_balanced_router_has_a_balance_loss_of_one() -> None:
     assert load is not None
     torch.testing.assert_close(load.balance_loss, torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(load.share_E, torch.full((4,), 0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dropout", [1e-9, 0.05, 0.5, 0.999999])
+def test_a_dropout_mask_keeps_the_share_it_names(dropout: float) -> None:
+    mask = dropout_mask(torch.ones(1000, 999, dtype=torch.float64), dropout=dropout, seed=0)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert 0 < kept_share(dropout) < 1
+    assert kept_share(dropout) == pytest.approx(1 - dropout, abs=1 / 2**16)
+    deviation = (kept_share(dropout) * (1 - kept_share(dropout)) / mask.numel()) ** 0.5
+    assert mask.mean().item() == pytest.approx(kept_share(dropout), abs=5 * deviation)
 
 
 def test_dropout_reaches_the_experts_only() -> None:

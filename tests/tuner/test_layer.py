@@ -230,6 +230,43 @@ def test_a_base_layer_that_keeps_its_output_trains() -> None:
     assert torch.autograd.gradcheck(adapted, draw_input().requires_grad_())
 
 
+def test_a_base_layer_that_hands_its_gradient_on_gets_none_of_the_experts() -> None:
+    class Skipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    _, adapted = one_layer(Skipped(24, 24), balance_coef=0.0)
+    assert torch.autograd.gradcheck(lambda x: x * 1 + adapted(x * 1), draw_input().requires_grad_())
+
+
+def test_a_gradient_that_leads_around_the_experts_has_none_of_theirs() -> None:
+    _, adapted = one_layer(balance_coef=0.0)
+    seen: list[Tensor] = []
+    adapted.base_layer.register_forward_hook(lambda _, args, output: seen.append(output))
+    x = draw_input().requires_grad_()
+    y = adapted(x)
+    torch.autograd.grad(y.sum(), adapted.goat_experts["default"].A, retain_graph=True)
+    (found,) = torch.autograd.grad(seen[0].sum(), x)
+    torch.testing.assert_close(found, adapted.base_layer.weight.sum(dim=0).expand_as(x))
+
+
+def test_a_backward_hook_on_the_base_layer_sees_its_gradient_alone() -> None:
+    _, adapted = one_layer(balance_coef=0.0)
+    seen: list[Tensor] = []
+    adapted.base_layer.register_full_backward_hook(lambda _, grad_input, grad_output: seen.append(grad_input[0]))
+    x = draw_input().requires_grad_()
+    adapted(x).sum().backward()
+    torch.testing.assert_close(seen[0], adapted.base_layer.weight.sum(dim=0).expand_as(x))
+    assert x.grad is not None and not torch.equal(x.grad, seen[0])
+
+
+def test_a_weight_with_values_that_are_no_numbers_is_refused_by_name() -> None:
+    base = nn.Linear(24, 40)
+    base.weight.data[3, 5] = float("nan")
+    with pytest.raises(ConfigError, match=r"the weight of .* holds values that are not finite"):
+        one_layer(base)
+
+
 def test_dropout_is_off_in_evaluation() -> None:
     expected = logits(goat())
     assert torch.equal(logits(goat(dropout=0.5)), expected)
