@@ -287,7 +287,6 @@ def rows_of(ours: list[Step], rival: list[Step], checkpointing: Checkpointing) -
     return [
         row("bytes a rank receives", lambda step: step.num_bytes / MIB, "MiB", at_most=BYTES_TARGET),
         row("gathers", lambda step: step.num_gathers + step.num_updated, "calls"),
-        row("share of waiting for gathers", lambda step: 100 * step.waited / step.seconds, "%"),
     ]
 
 
@@ -299,6 +298,7 @@ def print_parts(ours: list[Step], rival: list[Step], checkpointing: Checkpointin
             f"{step.num_late} modules before theirs were asked for",
             f"{step.updated / MIB:.2f} MiB in {step.num_updated} gathers after the update",
             f"{step.reduced / MIB:.2f} MiB of gradients",
+            f"{step.waited / step.seconds:.0%} of the time waited for gathers",
         )
         print(f"{name}, checkpointing {checkpointing}: {', '.join(parts)}", flush=True)
 

@@ -1,7 +1,7 @@
 """Say what a benchmark found: print it, append it to results.jsonl, and write the table of README.md anew.
 
-Every script calls ``publish`` with its rows. The table shows the newest row of every question, of runs without flags
-only: sizes that somebody chose answer another question.
+Every script calls ``publish`` with its rows, once. The table shows the newest run of every script, of runs without
+flags only: sizes that somebody chose answer another question.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -105,21 +106,23 @@ def publish(rows: Iterable[Row], *, parser: argparse.ArgumentParser, arguments: 
     about = _about(_changed(parser, arguments))
     with arguments.results.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**about, **dataclasses.asdict(row)}) + "\n" for row in rows)
-    if arguments.results == RESULTS:
+    if arguments.results.resolve() == RESULTS.resolve():
         TABLE.write_text(with_table(TABLE.read_text(encoding="utf-8"), _lines(RESULTS)), encoding="utf-8")
 
 
 def with_table(page: str, found: Iterable[dict[str, Any]]) -> str:
-    """Give a page with its table of the newest answers.
+    """Give a page with its table of every script's newest run.
 
     Args:
         page: Text with the two marks that the table stands between.
         found: Lines of the results, oldest first.
     """
-    newest = {(line["script"], line["question"]): line for line in found if not line["flags"]}
+    whole = [line for line in found if not line["flags"]]
+    newest_run = {line["script"]: line["date"] for line in whole}
+    newest = [line for line in whole if line["date"] == newest_run[line["script"]]]
     names = {field.name for field in dataclasses.fields(Row)}
     table = [[*COLUMNS, "measured"], ["---"] * (len(COLUMNS) + 1)]
-    for line in sorted(newest.values(), key=lambda line: str(line["script"])):
+    for line in sorted(newest, key=lambda line: str(line["script"])):
         row = Row(**{name: tuple(line[name]) if name in ("ours", "rival") else line[name] for name in names})
         table.append([*row.cells(), f"`{line['script']}`, {line['date'][:10]}, {line['commit']}"])
     before, _, rest = page.partition(BEGIN)
@@ -148,6 +151,7 @@ def _about(flags: list[str]) -> dict[str, Any]:
         "script": Path(sys.argv[0]).name,
         "flags": flags,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "process_seconds": round(time.time() - psutil.Process().create_time(), 1),
         "commit": _commit(),
         "machine": {
             "cpu": _cpu(),

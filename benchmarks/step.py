@@ -42,6 +42,8 @@ from goat_ds.zero import ranks
 R, NUM_EXPERTS, TOP_K, BALANCE_COEF = 32, 8, 2, 1e-3
 LABEL_SHARE = 0.3
 DOCUMENTS = 4
+BUCKET_VALUES = 2**23
+"""As many as there are gradients; the gigabyte that DeepSpeed takes by default would hide what is compared."""
 MIB = 2**20
 RIVAL, LOWRANK, FOLD, LOOP = "PEFT's LoRA", "low-rank residual", "folded residual", "a loop over experts"
 ROUNDS_A_LOOP = 3
@@ -71,7 +73,9 @@ def main() -> None:
     processes = ranks_from_environment(config)
     ranks.join(processes, timeout_minutes=30)
     base = random_base(num_layers=arguments.layers, vocabulary=arguments.vocabulary)
-    ways = {name: build(make, base, filled_ds_config(config, processes)) for name, make in WAYS.items()}
+    engine_config = filled_ds_config(config, processes)
+    engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET_VALUES
+    ways = {name: build(make, base, engine_config) for name, make in WAYS.items()}
     del base
     stream = steps(num_tokens=arguments.tokens, vocabulary=arguments.vocabulary)
     peaks = {name: peak_of(ways[name], stream) for name in (RIVAL, LOWRANK)}
@@ -88,7 +92,8 @@ def timed_round(ways: dict[str, Way], stream: Iterator[StepBatch], *, number: in
     """Give the seconds of one step of every way that has its turn; none always follows the same one."""
     names = [name for name in ways if name != LOOP or number % ROUNDS_A_LOOP == 0]
     first = number % len(names)
-    return {name: timed(ways[name], next(stream)) for name in names[first:] + names[:first]}
+    batch = next(stream)
+    return {name: timed(ways[name], batch) for name in names[first:] + names[:first]}
 
 
 def rows(seconds: list[dict[str, float]], peaks: dict[str, int], arguments: argparse.Namespace) -> Iterator[Row]:

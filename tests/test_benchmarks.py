@@ -86,18 +86,18 @@ def test_a_ratio_is_the_median_over_pairs_and_is_held_to_its_target() -> None:
     assert within.cells() == ["planned", "95 MiB", "100 MiB", "0.950", "", "≥ 0.9, ≤ 1.1: met"]
 
 
-def test_the_table_shows_the_newest_row_of_a_run_without_flags() -> None:
-    about = {
-        "script": "a.py",
-        "date": "2026-01-01T00:00:00+00:00",
-        "commit": "c0ffee",
-        "at_most": 1.0,
-        "at_least": None,
-    }
+def test_the_table_shows_the_newest_run_without_flags() -> None:
+    about = {"script": "a.py", "commit": "c0ffee", "at_most": 1.0, "at_least": None, "rival": [1.0], "unit": "s"}
     lines = [
-        {**about, "flags": flags, "question": "a, against b", "ours": [ours], "rival": [1.0], "unit": "s"}
-        for flags, ours in (([], 3.0), ([], 2.0), (["--layers 1"], 1.0))
+        {**about, "date": f"2026-01-0{day}T00:00:00+00:00", "flags": flags, "question": question, "ours": [ours]}
+        for day, flags, question, ours in (
+            (1, [], "a, against b", 3.0),
+            (1, [], "a question of before", 3.0),
+            (2, [], "a, against b", 2.0),
+            (3, ["--layers 1"], "a, against b", 1.0),
+        )
     ]
     page = with_table("above <!-- table: begin --> old <!-- table: end --> below", lines)
-    assert page.startswith("above ") and page.endswith(" below") and "old" not in page
-    assert "| a, against b | 2 s | 1 s | 2.000 |  | ≤ 1: **missed** | `a.py`, 2026-01-01, c0ffee |" in page
+    assert page.startswith("above ") and page.endswith(" below") and "old" not in page and "before" not in page
+    assert page.count("a, against b") == 1
+    assert "| a, against b | 2 s | 1 s | 2.000 |  | ≤ 1: **missed** | `a.py`, 2026-01-02, c0ffee |" in page
