@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# Tokens whose inputs are widened to fp32 at once for the router.
-WIDENED_TOKENS = 2048
+# How much of a half-precision input is copied to fp32 at once for the router: on a CPU, and elsewhere.
+WIDENED_BYTES, LAUNCHED_BYTES = 2**20, 2**25
 
 
 class GoatLayer(nn.Module):
@@ -73,27 +73,49 @@ class GoatLayer(nn.Module):
 
     def _mixture(self, x_TI: Tensor, base_TO: Tensor) -> Tensor:
         # The same products in the same order as in training, so that the result is the same to the last bit.
-        dtype = x_TI.dtype
-        rank_gates_TR, a_RI, b_OR = self._rank_gates(x_TI), self.goat_A.to(dtype), self.goat_B.to(dtype)
-        if self.goat_A0 is None or self.goat_B0 is None:
-            return torch.addmm(base_TO, (x_TI @ a_RI.T) * rank_gates_TR, b_OR.T)
-        u_TR, u0_TR = (x_TI @ torch.cat([a_RI, self.goat_A0.to(dtype)]).T).chunk(2, dim=1)
-        h_TS = torch.cat([u_TR * rank_gates_TR, u0_TR * self._residual_gates(dtype)], dim=1)
+        dtype, b_OR = x_TI.dtype, self.goat_B.to(x_TI.dtype)
+        u_TR, u0_TR, logits_TE = self._activations(x_TI)
+        h_TS = u_TR * self._rank_gates(logits_TE, dtype)
+        if u0_TR is None or self.goat_B0 is None:
+            return torch.addmm(base_TO, h_TS, b_OR.T)
+        h_TS = torch.cat([h_TS, u0_TR * self._residual_gates(dtype)], dim=1)
         return torch.addmm(base_TO, h_TS, torch.cat([b_OR, self.goat_B0.to(dtype)], dim=1).T)
 
-    def _rank_gates(self, x_TI: Tensor) -> Tensor | float:
-        """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``."""
-        if self.goat_router is None:
-            return self.scale if self.goat_s is None else self.goat_s.to(x_TI.dtype).repeat_interleave(self.expert_rank)
+    def _activations(self, x_TI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Give ``A x``, ``A0 x`` and the router's logits, by one product where one can give the logits in fp32."""
+        dtype, router_EI = x_TI.dtype, self.goat_router
+        is_half = dtype != torch.promote_types(dtype, torch.float32)
+        is_apart = router_EI is not None and is_half and not (x_TI.is_cuda and router_EI.dtype == dtype)
+        weights = (self.goat_A, self.goat_A0, None if is_apart else router_EI)
+        there = [weight.to(dtype) for weight in weights if weight is not None]
+        stacked_IG = torch.cat(there).T
+        if is_half and router_EI is not None and not is_apart:
+            product_TG = torch.mm(x_TI, stacked_IG, out_dtype=torch.float32)
+        else:
+            product_TG = x_TI @ stacked_IG
+        parts = iter(product_TG.split([len(weight) for weight in there], dim=1))
+        u_TR, u0_TR, logits_TE = (None if weight is None else next(parts) for weight in weights)
+        assert u_TR is not None
+        if is_apart:
+            logits_TE = self._widened_logits(x_TI)
+        return u_TR.to(dtype), None if u0_TR is None else u0_TR.to(dtype), logits_TE
+
+    def _widened_logits(self, x_TI: Tensor) -> Tensor:
         # Logits in bf16 would tie or swap experts whose logits differ by less than 1/256 of their size.
-        wide = torch.promote_types(x_TI.dtype, torch.float32)
-        pieces = x_TI.split(WIDENED_TOKENS) if x_TI.dtype != wide else (x_TI,)
-        logits_ET = torch.cat([self.goat_router.to(wide) @ piece.to(wide).T for piece in pieces], dim=1)
-        top_TK, index_TK = logits_ET.T.contiguous().topk(self.top_k, dim=-1)
+        assert self.goat_router is not None
+        num_bytes = WIDENED_BYTES if x_TI.device.type == "cpu" else LAUNCHED_BYTES
+        pieces = x_TI.split(max(1, num_bytes // (4 * x_TI.shape[1])))
+        return torch.cat([self.goat_router.float() @ piece.float().T for piece in pieces], dim=1).T
+
+    def _rank_gates(self, logits_TE: Tensor | None, dtype: torch.dtype) -> Tensor | float:
+        """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``."""
+        if logits_TE is None:
+            return self.scale if self.goat_s is None else self.goat_s.to(dtype).repeat_interleave(self.expert_rank)
+        top_TK, index_TK = logits_TE.topk(self.top_k, dim=-1)
         # The kept probabilities, renormalised, are a softmax over the kept logits.
-        gates_TE = torch.zeros_like(logits_ET.T).scatter(-1, index_TK, top_TK.softmax(dim=-1))
-        scaled_TE = gates_TE * (self.scale if self.goat_s is None else self.goat_s.to(wide))
-        return scaled_TE.to(x_TI.dtype).repeat_interleave(self.expert_rank, dim=1)
+        gates_TE = torch.zeros_like(logits_TE).scatter(-1, index_TK, top_TK.T.softmax(dim=0).T)
+        scaled_TE = gates_TE * (self.scale if self.goat_s is None else self.goat_s.to(logits_TE.dtype))
+        return scaled_TE.to(dtype).repeat_interleave(self.expert_rank, dim=1)
 
     def _residual_gates(self, dtype: torch.dtype) -> Tensor | float:
         """What multiplies the start's activations: ``-s_e/E`` (Theorem 3.4), a number or ``[R]``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from goat_ds import with_balance_loss
 from goat_ds.method.routing import BalanceWarning
-from goat_ds.tuner.layer import GoatExperts
+from goat_ds.tuner.layer import GoatLayer
 from tests.models import causal_lm, sequence_classifier, token_ids
 from tests.tuner.helpers import disturb, experts_of, goat
 
@@ -40,20 +40,21 @@ def batch(*, seed: int = 0, padded: bool = False) -> dict[str, Tensor]:
 
 @contextmanager
 def slow_balance(model: PeftModel) -> Iterator[Callable[[], Tensor]]:
-    """Give Σ_layers COEF L_b of the forwards inside, by plain autograd from every router's input."""
+    """Give Σ_layers COEF L_b of the forwards inside, by plain autograd from every layer's input."""
     losses: list[Tensor] = []
 
-    def watch(experts: GoatExperts, args: tuple[Tensor, ...], _: Tensor) -> None:
+    def watch(layer: GoatLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
+        experts, (x,) = layer.goat_experts["default"], args
         config, mask = experts.config, experts.signal.mask
-        real = torch.ones(args[0].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        x, base = args
+        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         with torch.autocast("cpu", enabled=False):
-            probs = torch.softmax(x[real].to(base.dtype).to(experts.router.dtype) @ experts.router.T, dim=-1)
+            probs = torch.softmax(x[real].to(y.dtype).to(experts.router.dtype) @ experts.router.T, dim=-1)
         chosen = torch.zeros_like(probs).scatter(1, probs.topk(config.top_k).indices, 1.0)
         f = config.num_experts / config.top_k * chosen.mean(dim=0)
         losses.append(COEF * (f * probs.mean(dim=0)).sum())
 
-    hooks = [experts.register_forward_hook(watch) for experts in experts_of(model)]  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if isinstance(module, GoatLayer)]
+    hooks = [layer.register_forward_hook(watch) for layer in layers]  # type: ignore[arg-type]
     yield lambda: torch.stack(losses).sum()
     for hook in hooks:
         hook.remove()
