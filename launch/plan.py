@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
         config = parse(others)
         raise_if_any(plan_problems(config, world_size=known.world_size))
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     for line in plan.lines(planner_of(config, world_size=known.world_size)):
         print(line, flush=True)
 

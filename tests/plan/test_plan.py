@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from goat_ds import GoatConfig, plan
 from goat_ds.errors import ConfigError
+from goat_ds.plan import start
 from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Place, checkpoint_bytes
 from goat_ds.plan.planner import GPU_GIB
@@ -81,6 +82,36 @@ def test_what_is_offloaded_is_on_the_host(tmp_path: Path) -> None:
     on_host = {part.name for part in memory.parts if part.place is Place.HOST}
     assert {"base", "adapter, trained", "master weights, fp32", "Adam's moments, fp32", "gradients"} <= on_host
     assert planner(tmp_path).in_training(2).on(Place.HOST) == 0
+
+
+def test_a_second_copy_of_the_parameters_lies_where_they_lie(tmp_path: Path) -> None:
+    for offload, place in (({"device": "cpu"}, Place.HOST), ({"device": "none"}, Place.DEVICE)):
+        zero = {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": offload}
+        memory = planner(tmp_path, ds_config={"zero_optimization": zero}).in_training(4)
+        assert [part.place for part in memory.parts if "hpZ" in part.name] == [place]
+
+
+def test_below_zero_3_the_base_counts_on_the_host_that_reads_it_and_on_the_device_that_gets_it(tmp_path: Path) -> None:
+    found = planner(tmp_path, ds_config={"zero_optimization": {"stage": 1}})
+    memory, base = found.while_loading(4), found.skeleton.num_bytes(Kind.BASE)
+    assert all(memory.on(place) >= base for place in Place)
+
+
+def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def seconds_of(weight_OI: torch.Tensor, _: torch.Tensor) -> float:
+        tried.append(tuple(weight_OI.shape))
+        return 5.0 if len(tried) == 1 else 1.0
+
+    monkeypatch.setattr(start, "_seconds_of", seconds_of)
+    wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 1}
+    config = config_only(tmp_path, **wide, num_attention_heads=16, num_key_value_heads=16, head_dim=128)
+    # Seven square weights, each eight times the work of the one that took a second.
+    assert planner(tmp_path, base=config).decompositions.seconds(1) == pytest.approx(7 * 8)
+    assert tried == [(1024, 1024)] * 2
 
 
 def test_a_checkpoint_is_the_adapter_and_12_bytes_a_trained_value(tmp_path: Path) -> None:
@@ -162,8 +193,11 @@ def test_a_folder_with_a_config_alone_is_planned(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     for words in ("ZeRO-3, 4 ranks", "trained:", "while loading", "in training", "checkpoint on disk", "  24 GB: 1"):
         assert words in printed
-    with pytest.raises(SystemExit, match=r"model .* cannot be loaded"):
+    with pytest.raises(SystemExit) as ended:
         main(["--model", str(tmp_path / "none"), "--ds_config", ds_config])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: model ") and "cannot be loaded" in told
 
 
 def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path) -> None:
