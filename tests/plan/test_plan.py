@@ -14,7 +14,7 @@ from goat_ds.errors import ConfigError
 from goat_ds.plan import start
 from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Place, checkpoint_bytes
-from goat_ds.plan.planner import GPU_GIB
+from goat_ds.plan.planner import GPU_GIB, Planner
 from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
@@ -138,7 +138,25 @@ def test_a_run_that_fits_nowhere_is_told_what_to_change(tmp_path: Path) -> None:
     found = planner(tmp_path, base=base, ds_config={"zero_optimization": {"stage": 2}})
     for suggestion in found.suggestions:
         assert suggestion.num_gpus is not None
-        assert "--ds_config ds_configs/zero3.json" in suggestion.changes
+        assert "zero_optimization.stage 3" in suggestion.changes
+
+
+def test_only_numbers_of_gpus_that_the_run_would_start_on_are_told(tmp_path: Path) -> None:
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    found = planner(tmp_path, ds_config=hpz, world_size=4)
+    assert [suggestion.num_gpus for suggestion in found.suggestions] == [4] * len(GPU_GIB)
+    fixed = planner(tmp_path, ds_config={"train_batch_size": 6, "zero_optimization": {"stage": 3}}, world_size=6)
+    assert fixed.allowed == [6]
+    assert [suggestion.num_gpus for suggestion in fixed.suggestions] == [6] * len(GPU_GIB)
+
+
+def test_a_second_copy_of_the_parameters_leaves_before_the_base_becomes_4bit(tmp_path: Path) -> None:
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    found = planner(tmp_path, "--gradient_checkpointing", "non_reentrant", ds_config=hpz, world_size=4)
+    without = "no zero_optimization.zero_hpz_partition_size"
+    changed = dict(found._changed)
+    assert list(changed) == [(without,), (without, "--load_in_4bit")]
+    assert all(1 in other.allowed for other in changed.values())
 
 
 def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) -> None:
@@ -151,7 +169,10 @@ def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) 
     [
         ({"wall_clock_breakdown": True}, "wall_clock_breakdown (true) is slow"),
         ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, "small parameters are gathered"),
-        ({"zero_optimization": {"stage": 3, "overlap_comm": False}}, "overlap_comm (false) is slow"),
+        (
+            {"zero_optimization": {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 1000}},
+            "overlap_comm (false) is slow",
+        ),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0}}, "stage3_prefetch_bucket_size (0)"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 16}}, "reduce_bucket_size (16) is slow"),
         ({"zero_optimization": {"stage": 2}}, "reduce_bucket_size (500000000) holds"),
@@ -164,10 +185,40 @@ def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) 
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
             "offload_param.pin_memory (false) is slow",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param (cpu) has no effect at stage 2; use stage 3, or leave it out",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "use 2 without zero_hpz_partition_size"),
     ],
 )
 def test_what_is_slow_is_said(tmp_path: Path, ds_config: dict[str, Any], words: str) -> None:
     assert sum(words in line for line in slow(planner(tmp_path, ds_config=ds_config))) == 1
+
+
+def test_what_has_no_effect_is_not_advised(tmp_path: Path) -> None:
+    one_bucket = {"stage": 2, "overlap_comm": False, "offload_param": {"device": "cpu"}}
+    lines = list(slow(planner(tmp_path, ds_config={"zero_optimization": one_bucket})))
+    assert not [line for line in lines if "overlap_comm" in line or "pin_memory" in line]
+
+
+def test_the_bucket_that_is_advised_is_neither_too_small_nor_too_large(tmp_path: Path) -> None:
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 16}
+    (line,) = slow(planner(tmp_path, ds_config={"zero_optimization": zero}))
+    zero["reduce_bucket_size"] = int(line.rpartition(" ")[2])
+    assert list(slow(planner(tmp_path, ds_config={"zero_optimization": zero}))) == []
+
+
+def test_advice_can_be_followed_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(planner: Planner, *_: int) -> bool:
+        """There is room without the offload or at stage 2, and not for both."""
+        zero = planner.settings.ds_config["zero_optimization"]
+        return zero["stage"] == 3 or "offload_optimizer" in zero
+
+    monkeypatch.setattr(Planner, "fits", fits)
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    lines = list(slow(planner(tmp_path, ds_config={"zero_optimization": zero})))
+    assert [sum(words in line for line in lines) for words in ("offload_optimizer (cpu)", "stage (3)")] == [1, 0]
 
 
 def test_everything_that_keeps_a_plan_from_being_made_is_told_at_once(tmp_path: Path) -> None:
