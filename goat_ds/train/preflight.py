@@ -17,6 +17,9 @@ from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
 from goat_ds.zero.ranks import Ranks
 
+REQUIRED_TO_PLAN = ("model",)
+"""Settings that a plan needs, unless it is the embedded demo's."""
+
 
 def model_name(config: TrainConfig) -> str:
     """Give the folder or hub name of the base."""
@@ -102,8 +105,7 @@ def plan_problems(config: TrainConfig, *, world_size: int) -> Iterator[str]:
     if world_size < 1:
         yield f"world_size ({world_size}) must be at least 1"
         return
-    placed = dataclasses.replace(config, data=config.data or ["-"], output_dir=config.output_dir or "-")
-    numbers = list((config if config.is_demo else placed).problems())
+    numbers = list(config.problems(required=REQUIRED_TO_PLAN))
     yield from numbers
     if not (config.model or config.is_demo):
         return

@@ -251,6 +251,17 @@ def test_a_folder_with_a_config_alone_is_planned(tmp_path: Path, capsys: pytest.
     assert told.startswith("error: model ") and "cannot be loaded" in told
 
 
+def test_a_mistyped_flag_is_told_without_what_a_plan_does_not_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))["main"]
+    with pytest.raises(SystemExit):
+        main(["--model", config_only(tmp_path), "--wrold_size", "3"])
+    told = capsys.readouterr().err
+    assert "--wrold_size is not a setting" in told and "ds_config is required" in told
+    assert "data is required" not in told and "output_dir is required" not in told
+
+
 def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path) -> None:
     stored = {
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
