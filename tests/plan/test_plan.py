@@ -19,6 +19,7 @@ from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.quantized import Packing
+from goat_ds.zero import engine
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm
 from tests.plan.helpers import config_only, planner, settings
@@ -279,3 +280,15 @@ def test_a_model_that_does_not_exist_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         raise ConfigError(*plan_problems(config, world_size=1))
     assert len(list(plan_problems(config, world_size=1))) == 1
+
+
+def test_a_config_that_cannot_be_had_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(model: str) -> None:
+        asked.append(model)
+        raise OSError("no network")
+
+    monkeypatch.setattr(engine, "config_as_stored", refuse)
+    (problem,) = plan_problems(settings(tmp_path, base="some/base"), world_size=1)
+    assert "no network" in problem and asked == ["some/base"]
