@@ -11,7 +11,7 @@ import warnings
 from goat_ds import plan
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.config import parse
-from goat_ds.train.preflight import plan_problems, planner_of
+from goat_ds.train.preflight import REQUIRED_TO_PLAN, plan_problems, planner_of
 
 
 def main(arguments: list[str]) -> None:
@@ -25,10 +25,11 @@ def main(arguments: list[str]) -> None:
     parser.epilog = "every other flag is one of launch/train.py, whose --help lists them"
     known, others = parser.parse_known_args(arguments)
     try:
-        config = parse(others)
+        config = parse(others, required=REQUIRED_TO_PLAN)
         raise_if_any(plan_problems(config, world_size=known.world_size))
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     for line in plan.lines(planner_of(config, world_size=known.world_size)):
         print(line, flush=True)
 

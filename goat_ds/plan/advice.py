@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from goat_ds.plan.memory import persistent
 from goat_ds.plan.planner import GPU_GIB, Planner, with_zero
@@ -12,6 +12,8 @@ SMALL = 100_000
 """DeepSpeed's own threshold of parameters that it leaves whole."""
 MANY_MESSAGES = 64
 """Reductions of a step from which on a bucket is called small."""
+FEW_MESSAGES = 8
+"""Reductions of a step by the bucket that is then advised."""
 WASTE = 2**28
 """Bytes worth a line."""
 
@@ -23,6 +25,7 @@ def slow(planner: Planner) -> Iterator[str]:
     if planner.zero.stage == 3:
         yield from _gathering(planner)
     yield from _needless(planner)
+    yield from _offloads(planner)
 
 
 def _switches(raw: Any) -> Iterator[str]:
@@ -42,8 +45,13 @@ def _buckets(planner: Planner) -> Iterator[str]:
         return
     num_trained = planner.skeleton.count(Kind.TRAINED)
     named = f"ds_config: zero_optimization.reduce_bucket_size ({zero.reduce_bucket})"
-    if (num_messages := -(-num_trained // zero.reduce_bucket)) >= MANY_MESSAGES:
-        yield f"{named} is slow: a step reduces {num_trained:,} gradients in {num_messages:,} messages; raise it"
+    num_messages, bucket = -(-num_trained // zero.reduce_bucket), zero.reduce_bucket
+    if num_messages >= MANY_MESSAGES:
+        bucket = -(-num_trained // FEW_MESSAGES)
+        yield (
+            f"{named} is slow: a step reduces {num_trained:,} gradients in {num_messages:,} messages; set it to "
+            f"{bucket}"
+        )
     num_buckets = 2 if zero.overlaps and zero.stage < 3 else 1
     unused = num_buckets * (zero.reduce_bucket - num_trained) * settings.dtype.itemsize
     if unused >= WASTE and zero.has_buckets:
@@ -51,8 +59,9 @@ def _buckets(planner: Planner) -> Iterator[str]:
             f"{named} holds {unused / 2**30:.2f} GiB for nothing: there are {num_trained:,} gradients; set it to "
             f"{num_trained}"
         )
-    if settings.engine.world_size > 1 and not zero.overlaps:
-        cost = f", for a second bucket of {zero.reduce_bucket * settings.dtype.itemsize / 2**30:.2f} GiB"
+    # A bucket is reduced when it is full or backward is over, and then there is nothing to overlap with.
+    if settings.engine.world_size > 1 and not zero.overlaps and num_messages > 1:
+        cost = f", for a second bucket of {bucket * settings.dtype.itemsize / 2**30:.2f} GiB"
         yield (
             "ds_config: zero_optimization.overlap_comm (false) is slow: backward waits while gradients are reduced; "
             f"set it to true{cost if zero.stage < 3 else ''}"
@@ -84,30 +93,56 @@ def _gathering(planner: Planner) -> Iterator[str]:
         )
 
 
-def _needless(planner: Planner) -> Iterator[str]:
-    """Say what saves memory that is there: without it the run fits on as many GPUs of the same size."""
-    zero, world_size = planner.zero, planner.settings.engine.world_size
-    size = next((gib for gib in GPU_GIB if planner.fits(gib, world_size)), None)
-    trials: list[tuple[str, dict[str, Any], str, str]] = []
+class _Trial(NamedTuple):
+    """Something that saves memory, and the run without it."""
+
+    name: str
+    without: dict[str, Any]
+    """Changes of zero_optimization."""
+    why: str
+    way_out: str
+
+
+def _trials(planner: Planner) -> Iterator[_Trial]:
+    zero = planner.zero
     if zero.offloads_optimizer:
         why = "gradients and masters pass through the host in every step"
-        trials.append(("offload_optimizer (cpu)", {"offload_optimizer": None}, why, "leave it out"))
+        yield _Trial("offload_optimizer (cpu)", {"offload_optimizer": None}, why, "leave it out")
     if zero.offloads_parameters and zero.stage == 3:
         why = "every gather begins with a copy from the host"
-        trials.append(("offload_param (cpu)", {"offload_param": None}, why, "leave it out"))
-    if zero.stage == 3 and world_size > 1:
+        yield _Trial("offload_param (cpu)", {"offload_param": None}, why, "leave it out")
+    if zero.stage == 3 and planner.settings.engine.world_size > 1:
         why = "all parameters are gathered for forward and again for backward"
-        trials.append(("stage (3)", {"stage": 2, "offload_param": None}, why, "use 2"))
-    for name, changes, why, way_out in trials:
-        changed = with_zero(planner.settings.ds_config, **changes)
+        without = {"stage": 2, "offload_param": None, "zero_hpz_partition_size": None}
+        has_copy = zero.second_copy_ranks > 1
+        yield _Trial("stage (3)", without, why, f"use 2{' without zero_hpz_partition_size' if has_copy else ''}")
+
+
+def _needless(planner: Planner) -> Iterator[str]:
+    """Say what saves memory that is there: without all of it the run fits on as many GPUs of the same size."""
+    world_size, raw, too = planner.settings.engine.world_size, planner.settings.ds_config, ""
+    size = next((gib for gib in GPU_GIB if planner.fits(gib, world_size)), None)
+    if size is None:
+        return
+    for trial in _trials(planner):
+        changed = with_zero(raw, **trial.without)
         other = planner.like(dataclasses.replace(planner.settings, ds_config=changed))
-        if size is not None and other.fits(size, world_size):
+        if other.fits(size, world_size):
             yield (
-                f"ds_config: zero_optimization.{name} is slow: {why}; without it a rank holds "
-                f"{other.device_bytes(world_size) / 2**30:.1f} GiB, and fits {size} GB as well; {way_out}"
+                f"ds_config: zero_optimization.{trial.name} is slow: {trial.why}; without it{too} a rank holds "
+                f"{other.device_bytes(world_size) / 2**30:.1f} GiB, and fits {size} GB as well; {trial.way_out}"
             )
-    offloads = planner.settings.ds_config.get("zero_optimization", {})
+            raw, too = changed, " too"
+
+
+def _offloads(planner: Planner) -> Iterator[str]:
+    blocks, stage = planner.settings.ds_config.get("zero_optimization", {}), planner.zero.stage
     for name in ("offload_optimizer", "offload_param"):
-        block = offloads.get(name) or {}
-        if block.get("device") == "cpu" and not block.get("pin_memory", False):
-            yield f"ds_config: zero_optimization.{name}.pin_memory (false) is slow: copies wait; set it to true"
+        block = blocks.get(name) or {}
+        if block.get("device") != "cpu":
+            continue
+        named = f"ds_config: zero_optimization.{name}"
+        if name == "offload_param" and stage < 3:
+            yield f"{named} (cpu) has no effect at stage {stage}; use stage 3, or leave it out"
+        elif not block.get("pin_memory", False):
+            yield f"{named}.pin_memory (false) is slow: copies wait; set it to true"

@@ -97,7 +97,7 @@ def weights(run: Run) -> Iterator[Part]:
         yield Part("small parameters, whole on every rank", whole)
     if zero.second_copy_ranks > 1:
         second = sum(item.shard_bytes(zero.second_copy_ranks) for item in skeleton.parameters)
-        yield Part("second copy of the parameters (hpZ)", second)
+        yield Part("second copy of the parameters (hpZ)", second, place)
     if buffers := sum(buffer.nbytes for buffer in skeleton.model.buffers()):
         yield Part("buffers of the model", buffers)
 

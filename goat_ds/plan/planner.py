@@ -1,6 +1,7 @@
 """One run's plan, and the smallest number of GPUs that it fits on."""
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -72,7 +73,7 @@ class Suggestion(NamedTuple):
     num_gpus: int | None
     """None: no number does."""
     changes: tuple[str, ...]
-    """What was changed for that, as flags; empty where nothing was."""
+    """What was changed for that: flags, and settings of the ds_config; empty where nothing was."""
 
 
 class Planner:
@@ -159,18 +160,24 @@ class Planner:
         """Whether so many GPUs of a size suffice."""
         return self.device_bytes(world_size) <= gpu_gib * 2**30 * USABLE
 
+    @cached_property
+    def allowed(self) -> list[int]:
+        """Numbers of ranks up to 1024 on which the run would start: the ds_config has no problem with them."""
+        return [num_gpus for num_gpus in range(1, MOST_GPUS + 1) if self._allows(num_gpus)]
+
+    def _allows(self, world_size: int) -> bool:
+        engine = dataclasses.replace(self.settings.engine, world_size=world_size)
+        is_4bit = bool(self.skeleton.packed_bytes)
+        return not any(ds_config.problems(dict(self.settings.ds_config), engine, base_is_4bit=is_4bit))
+
     def smallest(self, gpu_gib: int) -> int | None:
-        """Give the smallest number of GPUs that suffices; None: none up to 1024 does."""
+        """Give the smallest allowed number of GPUs that suffices; None: none up to 1024 does."""
         # One rank gathers nothing; from two on, more ranks hold less each.
-        if self.fits(gpu_gib, 1):
+        if 1 in self.allowed and self.fits(gpu_gib, 1):
             return 1
-        if not self.fits(gpu_gib, MOST_GPUS):
-            return None
-        too_few, enough = 1, MOST_GPUS
-        while enough - too_few > 1:
-            middle = (too_few + enough) // 2
-            too_few, enough = (too_few, middle) if self.fits(gpu_gib, middle) else (middle, enough)
-        return enough
+        several = [num_gpus for num_gpus in self.allowed if num_gpus > 1]
+        place = bisect_left(several, True, key=lambda num_gpus: self.fits(gpu_gib, num_gpus))
+        return several[place] if place < len(several) else None
 
     @cached_property
     def suggestions(self) -> list[Suggestion]:
@@ -196,7 +203,12 @@ class Planner:
             yield names, settings
         if self.zero.stage < 3:
             settings = dataclasses.replace(settings, ds_config=with_zero(settings.ds_config, stage=3))
-            names = (*names, "--ds_config ds_configs/zero3.json")
+            names = (*names, "zero_optimization.stage 3")
+            yield names, settings
+        if self.zero.second_copy_ranks > 1:
+            without = with_zero(settings.ds_config, zero_hpz_partition_size=None)
+            settings = dataclasses.replace(settings, ds_config=without)
+            names = (*names, "no zero_optimization.zero_hpz_partition_size")
             yield names, settings
         if not self.skeleton.packed_bytes:
             settings = dataclasses.replace(settings, quantization=settings.as_4bit)

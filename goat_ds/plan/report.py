@@ -58,8 +58,9 @@ def _activations(planner: Planner) -> Iterator[str]:
 def _suggested(suggestion: Suggestion) -> str:
     size = f"{suggestion.gpu_gib} GB"
     if suggestion.num_gpus is None:
-        return f"{size}: more than {MOST_GPUS}, whatever is changed; lower max_length or micro_batch_size"
-    changed = f" with {' '.join(suggestion.changes)}" if suggestion.changes else ""
+        none = f"none up to {MOST_GPUS} that the ds_config allows, whatever is changed"
+        return f"{size}: {none}; lower max_length or micro_batch_size"
+    changed = f" with {', '.join(suggestion.changes)}" if suggestion.changes else ""
     return f"{size}: {suggestion.num_gpus}{changed}"
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
-from statistics import median
 from typing import TypeVar
 
 import torch
@@ -15,16 +14,23 @@ from goat_ds.plan.memory import MASTER_BYTES, WIDE_BYTES, Memory, Part, Place, R
 from goat_ds.plan.skeleton import Kind, Skeleton
 from goat_ds.plan.timeline import LiveBytes
 from goat_ds.tuner.config import GoatConfig
+from goat_ds.zero import ranks
 
 T = TypeVar("T")
 
-TRIED_SIZE = 384
-"""Smaller side of the weight that is tried: a tenth of a second, and large enough to foretell larger ones."""
-REPEATS = 3
+TIMED_SIDE = 1024
+"""Smaller side of the weight that is timed: half a second, and large enough to foretell larger ones."""
+MEASURED_SIDE = 384
+"""Smaller side of the weight whose workspace is measured, which grows as the weight does from here on."""
+NUM_TRIALS = 2
 
 
 class Decompositions:
-    """What decomposing the weights of a model costs, by decomposing small ones of their proportions here and now."""
+    """What decomposing the weights of a model costs, by decomposing small ones of their proportions here and now.
+
+    They are decomposed where a run of this process would decompose: on its accelerator where it has one, else on the
+    CPU. So seconds are those of this machine, and a node with GPUs that is planned for from one without is not timed.
+    """
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton, self._workspaces = skeleton, dict[float, float]()
@@ -41,7 +47,7 @@ class Decompositions:
         """Give the bytes of tensors that decomposing a weight needs beside it."""
         ratio = shape[0] / shape[1]
         if ratio not in self._workspaces:
-            weight_OI, indices_ED = self._small(shape)
+            weight_OI, indices_ED = self._small(shape, side=MEASURED_SIDE)
             with LiveBytes([weight_OI, indices_ED]) as live:
                 decompose(weight_OI, indices_ED)
             self._workspaces[ratio] = live.peak / weight_OI.numel()
@@ -50,23 +56,26 @@ class Decompositions:
     @cached_property
     def _seconds_per_cost(self) -> float:
         shapes = (self._skeleton.weights[path] for path in self._skeleton.decomposed)
-        weight_OI, indices_ED = self._small(max(shapes, key=lambda shape: _cost(*shape)))
-        decompose(weight_OI, indices_ED)
-        seconds = []
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            decompose(weight_OI, indices_ED)
-            seconds.append(time.perf_counter() - began)
-        return median(seconds) / _cost(*weight_OI.shape)
+        weight_OI, indices_ED = self._small(max(shapes, key=lambda shape: _cost(*shape)), side=TIMED_SIDE)
+        # The first trial warms up, and whatever else this machine does only adds.
+        seconds = min(_seconds_of(weight_OI, indices_ED) for _ in range(NUM_TRIALS))
+        return seconds / _cost(*weight_OI.shape)
 
-    def _small(self, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        size = min(min(shape), max(TRIED_SIZE, self._goat.r))
-        small = [round(side * size / min(shape)) for side in shape]
+    def _small(self, shape: tuple[int, int], *, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size = min(min(shape), max(side, self._goat.r))
+        small = [round(each * size / min(shape)) for each in shape]
         indices_ED = chosen_indices(
             self._goat.init, num_directions=size, num_experts=self._goat.num_experts, r=self._goat.r
         )
         weight_OI = torch.randn(small, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        return weight_OI, indices_ED
+        return weight_OI.to(ranks.device()), indices_ED
+
+
+def _seconds_of(weight_OI: torch.Tensor, indices_ED: torch.Tensor) -> float:
+    began = time.perf_counter()
+    # Reading a value waits for an accelerator.
+    decompose(weight_OI, indices_ED).s_R[0].item()
+    return time.perf_counter() - began
 
 
 def _waves(work: Sequence[T], world_size: int) -> list[Sequence[T]]:
@@ -79,7 +88,7 @@ def _cost(out_features: int, in_features: int) -> int:
 
 
 def while_loading(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> Memory:
-    """Give what a rank holds at the worst moment until its engine is ready.
+    """Give what a rank holds until its engine is ready, on the device and on the host each at its own worst moment.
 
     Args:
         run: Model, ZeRO and ranks.
@@ -89,7 +98,14 @@ def while_loading(run: Run, decompositions: Decompositions, *, is_mapped: bool) 
     phases = [_while_starting(run, decompositions, is_mapped=is_mapped), _while_building(run)]
     if run.zero.stage == 3 and not (is_mapped and run.skeleton.count(Kind.FOUR_BIT)):
         phases.append(_while_reading(run))
-    return max((Memory(tuple(phase)) for phase in phases), key=lambda memory: memory.everywhere)
+    memories = [Memory(tuple(phase)) for phase in phases]
+    return Memory(tuple(part for place in Place for part in _worst_parts(memories, place)))
+
+
+def _worst_parts(memories: Sequence[Memory], place: Place) -> list[Part]:
+    """Give what is held in one place at the moment at which that is most."""
+    worst = max(memories, key=lambda memory: memory.on(place))
+    return [part for part in worst.parts if part.place is place]
 
 
 def _while_reading(run: Run) -> Iterator[Part]:
@@ -108,21 +124,21 @@ def _place_of_base(run: Run) -> Place:
 def _unquantised(run: Run) -> int:
     """Give a rank's bytes of the weights that become 4-bit, as long as they are not."""
     shapes = run.skeleton.becomes_4bit
-    ranks = run.world_size if run.zero.stage == 3 else 1
+    sharers = run.world_size if run.zero.stage == 3 else 1
     value_bytes = run.skeleton.value_bytes
-    return sum(-(-out_features * in_features // ranks) * value_bytes for out_features, in_features in shapes.values())
+    return sum(-(-out_features * in_features // sharers) * value_bytes for out_features, in_features in shapes.values())
 
 
 def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> Iterator[Part]:
-    skeleton, ranks = run.skeleton, run.world_size if run.zero.stage == 3 else 1
+    skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
     place = _place_of_base(run)
     for name, kinds, where in (
         ("base", (Kind.BASE,), place),
-        ("adapter", (Kind.START, Kind.TRAINED), Place.DEVICE if ranks == 1 else place),
+        ("adapter", (Kind.START, Kind.TRAINED), Place.DEVICE if sharers == 1 else place),
     ):
         held = (item for item in skeleton.parameters if item.kind in kinds)
-        yield Part(name, sum(item.shard_bytes(ranks) for item in held), where)
-    packed = [item.shard_bytes(ranks) for item in skeleton.parameters if item.kind is Kind.FOUR_BIT]
+        yield Part(name, sum(item.shard_bytes(sharers) for item in held), where)
+    packed = [item.shard_bytes(sharers) for item in skeleton.parameters if item.kind is Kind.FOUR_BIT]
     if packed and not skeleton.becomes_4bit:
         yield Part("base, 4-bit layers with their statistics", sum(packed), place)
     if skeleton.becomes_4bit and not is_mapped:
@@ -132,11 +148,11 @@ def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool
 
 def _worst_wave(run: Run, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
     """Give the weight a rank works on, and with it the 4-bit layers that are done by then."""
-    skeleton, ranks = run.skeleton, run.world_size if run.zero.stage == 3 else 1
+    skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
     order = sorted(skeleton.weights, key=lambda path: _order(skeleton, path), reverse=True)
     waves = _waves(order, run.world_size)
     packed = skeleton.packed_bytes
-    finished = [sum(-(-packed.get(path, 0) // ranks) for path in wave) for wave in waves]
+    finished = [sum(-(-packed.get(path, 0) // sharers) for path in wave) for wave in waves]
     done = [0, *accumulate(finished)] if grows else [0] * (len(waves) + 1)
     at_work = [max((_at_work(run, path, decompositions) for path in wave), default=0) for wave in waves]
     if waves:

@@ -54,6 +54,8 @@ class OnSaveError(StrEnum):
 
 AUTO = "auto"
 """Value of ``resume``: the newest whole checkpoint of ``output_dir``, or the start where there is none."""
+REQUIRED = ("model", "data", "output_dir")
+"""Settings of which only the embedded demo has its own."""
 POLYNOMIAL_END = 1e-7
 """Learning rate at the end of transformers' polynomial schedule."""
 
@@ -240,8 +242,12 @@ class TrainConfig:
         """AdamW's decays of the moments."""
         return self.adam_beta1, self.adam_beta2
 
-    def problems(self) -> Iterator[str]:
-        """Say, one line each, what is wrong with the numbers."""
+    def problems(self, *, required: Sequence[str] = REQUIRED) -> Iterator[str]:
+        """Say, one line each, what is wrong with the numbers.
+
+        Args:
+            required: Settings that must be given, unless the embedded demo's are taken.
+        """
         try:
             self.goat()
         except ConfigError as error:
@@ -252,7 +258,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be at least 1"
         if not self.is_demo:
-            for name in ("model", "data", "output_dir"):
+            for name in required:
                 if not getattr(self, name):
                     yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
         if self.bnb_4bit_blocksize not in BLOCK_SIZES:
@@ -308,8 +314,12 @@ class TrainConfig:
                 yield from error.problems
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
+def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> TrainConfig:
     """Read the command line and the YAML file it names.
+
+    Args:
+        arguments: Of the command line.
+        required: Settings whose absence is told along with mistakes, unless the embedded demo's are taken.
 
     Raises:
         ConfigError: unknown flags or keys, flags that other flags make useless; then wrong numbers as well. Or a value
@@ -327,7 +337,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
     # With a timeout that is none, ranks could not even meet to look for more.
     if mistakes or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
-        raise ConfigError(*mistakes, *config.problems())
+        raise ConfigError(*mistakes, *config.problems(required=required))
     return config
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from goat_ds import demo
 from goat_ds.data import check_sources, load_tokenizer
@@ -16,6 +16,9 @@ from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
 from goat_ds.zero.ranks import Ranks
+
+REQUIRED_TO_PLAN = ("model",)
+"""Settings that a plan needs, unless it is the embedded demo's."""
 
 
 def model_name(config: TrainConfig) -> str:
@@ -64,9 +67,9 @@ def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
     yield from numbers
     yield from resumption.problems
     yield from _folder_problems(config, resumption)
-    base_is_4bit, told = _check_4bit(config)
-    yield from _ds_config_problems(config, world_size=processes.world_size, base_is_4bit=base_is_4bit)
-    if config.bnb_4bit_compute_dtype is not None and not base_is_4bit:
+    base = _look_at_base(config)
+    yield from _ds_config_problems(config, world_size=processes.world_size, base_is_4bit=base.is_4bit)
+    if config.bnb_4bit_compute_dtype is not None and not base.is_4bit:
         yield (
             f"bnb_4bit_compute_dtype ({config.bnb_4bit_compute_dtype}) has no effect on an unquantised base; use "
             "load_in_4bit, or leave it out"
@@ -77,9 +80,9 @@ def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
     if config.model or config.is_demo:
         # With wrong numbers the adapter cannot be put anywhere.
-        # A config that cannot be read is told once.
-        found = list(_model_problems(resumption, rehearsable=not numbers))
-        yield from dict.fromkeys([*told, *found])
+        found = list(_model_problems(resumption, is_readable=base.is_readable, rehearsable=not numbers))
+        # What both the config and the tokenizer are missing is told once.
+        yield from dict.fromkeys([*base.problems, *found])
     yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
     yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
 
@@ -102,20 +105,21 @@ def plan_problems(config: TrainConfig, *, world_size: int) -> Iterator[str]:
     if world_size < 1:
         yield f"world_size ({world_size}) must be at least 1"
         return
-    placed = dataclasses.replace(config, data=config.data or ["-"], output_dir=config.output_dir or "-")
-    numbers = list((config if config.is_demo else placed).problems())
+    numbers = list(config.problems(required=REQUIRED_TO_PLAN))
     yield from numbers
     if not (config.model or config.is_demo):
         return
-    base_is_4bit, told = _check_4bit(config)
-    yield from _ds_config_problems(config, world_size=world_size, base_is_4bit=base_is_4bit)
+    base = _look_at_base(config)
+    yield from _ds_config_problems(config, world_size=world_size, base_is_4bit=base.is_4bit)
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
+    yield from base.problems
+    if not base.is_readable:
+        return
     model = model_name(config)
     unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=None)))
     if not numbers:
         unfit += _raised_by(lambda: engine.rehearse(model, config.goat(), quantization=config.quantization()))
-    # A config that cannot be read is told once.
-    yield from dict.fromkeys([*told, *unfit])
+    yield from dict.fromkeys(unfit)
 
 
 def planner_of(config: TrainConfig, *, world_size: int, num_labels: int | None = None) -> Planner:
@@ -164,23 +168,35 @@ def _folder_problems(config: TrainConfig, resumption: Resumption) -> Iterator[st
         )
 
 
-def _check_4bit(config: TrainConfig) -> tuple[bool, list[str]]:
-    """Say whether the base will be 4-bit, and what is wrong with that."""
+class _Base(NamedTuple):
+    """What the base's config says of 4 bits."""
+
+    is_4bit: bool
+    problems: list[str]
+    is_readable: bool
+    """Whether there is a config. It may be asked for over a network, which tries for a while: not again, then."""
+
+
+def _look_at_base(config: TrainConfig) -> _Base:
     if not (config.model or config.is_demo):
-        return config.load_in_4bit, []
+        return _Base(config.load_in_4bit, [], False)
+    model = model_name(config)
     try:
-        return engine.check_4bit(model_name(config), quantization=config.quantization(), residual=config.residual)
+        found = engine.check_4bit(model, quantization=config.quantization(), residual=config.residual)
     except ConfigError as error:
-        return config.load_in_4bit, list(error.problems)
+        return _Base(config.load_in_4bit, list(error.problems), False)
+    return _Base(*found, True)
 
 
-def _model_problems(resumption: Resumption, *, rehearsable: bool) -> Iterator[str]:
+def _model_problems(resumption: Resumption, *, is_readable: bool, rehearsable: bool) -> Iterator[str]:
     config, checkpoint = resumption.config, resumption.checkpoint
     model, tokenizer = model_name(config), None
     try:
         tokenizer = load_tokenizer(model)
     except ConfigError as error:
         yield from error.problems
+    if not is_readable:
+        return
     unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=tokenizer)))
     yield from unfit
     if not unfit:

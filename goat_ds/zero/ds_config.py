@@ -87,6 +87,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         return {}, [f"ds_config ({path}) does not exist"]
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"ds_config ({path}) cannot be read: {error}"]
     except json.JSONDecodeError as error:
         return {}, [f"ds_config: {path} line {error.lineno}: not JSON ({error.msg})"]
     if not isinstance(content, dict):

@@ -47,13 +47,12 @@ def read(engine_config: dict[str, Any], *, model_dtype: torch.dtype) -> ZeroSize
     """Read a filled DeepSpeed config.
 
     Raises:
-        ConfigError: DeepSpeed refuses the values of zero_optimization, one line each.
+        ConfigError: DeepSpeed refuses the values of zero_optimization, one line each; or the dtype of data_types.
     """
     try:
         zero = DeepSpeedZeroConfig(**engine_config.get("zero_optimization", {}))
     except ValidationError as error:
         raise ConfigError(*(_line(problem) for problem in error.errors())) from error
-    accumulated = engine_config.get("data_types", {}).get("grad_accum_dtype")
     return ZeroSizes(
         stage=int(zero.stage),
         reduce_bucket=int(zero.reduce_bucket_size),
@@ -68,9 +67,22 @@ def read(engine_config: dict[str, Any], *, model_dtype: torch.dtype) -> ZeroSize
         scatters=bool(zero.reduce_scatter),
         offloads_parameters=_is_used(zero.offload_param),
         offloads_optimizer=_is_used(zero.offload_optimizer),
-        gradient_dtype=model_dtype if accumulated is None else DtypeEnum(accumulated).value,
+        gradient_dtype=_gradient_dtype(engine_config, model_dtype),
         parameter_pins=bool(zero.offload_param and zero.offload_param.pin_memory),
     )
+
+
+def _gradient_dtype(engine_config: dict[str, Any], model_dtype: torch.dtype) -> torch.dtype:
+    name = engine_config.get("data_types", {}).get("grad_accum_dtype")
+    if name is None:
+        return model_dtype
+    try:
+        dtype: torch.dtype = DtypeEnum(name).value
+    except ValueError as error:
+        raise ConfigError(
+            f"ds_config: data_types.grad_accum_dtype ({name}) must be fp32, bf16 or fp16; or leave it out"
+        ) from error
+    return dtype
 
 
 def _is_used(block: Any) -> bool:

@@ -11,13 +11,15 @@ from peft import get_peft_model
 
 from goat_ds import GoatConfig, plan
 from goat_ds.errors import ConfigError
+from goat_ds.plan import start
 from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Place, checkpoint_bytes
-from goat_ds.plan.planner import GPU_GIB
+from goat_ds.plan.planner import GPU_GIB, Planner
 from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.quantized import Packing
+from goat_ds.zero import engine
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm
 from tests.plan.helpers import config_only, planner, settings
@@ -83,6 +85,36 @@ def test_what_is_offloaded_is_on_the_host(tmp_path: Path) -> None:
     assert planner(tmp_path).in_training(2).on(Place.HOST) == 0
 
 
+def test_a_second_copy_of_the_parameters_lies_where_they_lie(tmp_path: Path) -> None:
+    for offload, place in (({"device": "cpu"}, Place.HOST), ({"device": "none"}, Place.DEVICE)):
+        zero = {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": offload}
+        memory = planner(tmp_path, ds_config={"zero_optimization": zero}).in_training(4)
+        assert [part.place for part in memory.parts if "hpZ" in part.name] == [place]
+
+
+def test_below_zero_3_the_base_counts_on_the_host_that_reads_it_and_on_the_device_that_gets_it(tmp_path: Path) -> None:
+    found = planner(tmp_path, ds_config={"zero_optimization": {"stage": 1}})
+    memory, base = found.while_loading(4), found.skeleton.num_bytes(Kind.BASE)
+    assert all(memory.on(place) >= base for place in Place)
+
+
+def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def seconds_of(weight_OI: torch.Tensor, _: torch.Tensor) -> float:
+        tried.append(tuple(weight_OI.shape))
+        return 5.0 if len(tried) == 1 else 1.0
+
+    monkeypatch.setattr(start, "_seconds_of", seconds_of)
+    wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 1}
+    config = config_only(tmp_path, **wide, num_attention_heads=16, num_key_value_heads=16, head_dim=128)
+    # Seven square weights, each eight times the work of the one that took a second.
+    assert planner(tmp_path, base=config).decompositions.seconds(1) == pytest.approx(7 * 8)
+    assert tried == [(1024, 1024)] * 2
+
+
 def test_a_checkpoint_is_the_adapter_and_12_bytes_a_trained_value(tmp_path: Path) -> None:
     skeleton = planner(tmp_path).skeleton
     trained, start = skeleton.count(Kind.TRAINED), skeleton.count(Kind.START)
@@ -107,7 +139,25 @@ def test_a_run_that_fits_nowhere_is_told_what_to_change(tmp_path: Path) -> None:
     found = planner(tmp_path, base=base, ds_config={"zero_optimization": {"stage": 2}})
     for suggestion in found.suggestions:
         assert suggestion.num_gpus is not None
-        assert "--ds_config ds_configs/zero3.json" in suggestion.changes
+        assert "zero_optimization.stage 3" in suggestion.changes
+
+
+def test_only_numbers_of_gpus_that_the_run_would_start_on_are_told(tmp_path: Path) -> None:
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    found = planner(tmp_path, ds_config=hpz, world_size=4)
+    assert [suggestion.num_gpus for suggestion in found.suggestions] == [4] * len(GPU_GIB)
+    fixed = planner(tmp_path, ds_config={"train_batch_size": 6, "zero_optimization": {"stage": 3}}, world_size=6)
+    assert fixed.allowed == [6]
+    assert [suggestion.num_gpus for suggestion in fixed.suggestions] == [6] * len(GPU_GIB)
+
+
+def test_a_second_copy_of_the_parameters_leaves_before_the_base_becomes_4bit(tmp_path: Path) -> None:
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    found = planner(tmp_path, "--gradient_checkpointing", "non_reentrant", ds_config=hpz, world_size=4)
+    without = "no zero_optimization.zero_hpz_partition_size"
+    changed = dict(found._changed)
+    assert list(changed) == [(without,), (without, "--load_in_4bit")]
+    assert all(1 in other.allowed for other in changed.values())
 
 
 def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) -> None:
@@ -120,7 +170,10 @@ def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) 
     [
         ({"wall_clock_breakdown": True}, "wall_clock_breakdown (true) is slow"),
         ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, "small parameters are gathered"),
-        ({"zero_optimization": {"stage": 3, "overlap_comm": False}}, "overlap_comm (false) is slow"),
+        (
+            {"zero_optimization": {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 1000}},
+            "overlap_comm (false) is slow",
+        ),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0}}, "stage3_prefetch_bucket_size (0)"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 16}}, "reduce_bucket_size (16) is slow"),
         ({"zero_optimization": {"stage": 2}}, "reduce_bucket_size (500000000) holds"),
@@ -133,10 +186,40 @@ def test_a_ds_config_that_ships_has_nothing_slow_but_its_bucket(tmp_path: Path) 
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
             "offload_param.pin_memory (false) is slow",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param (cpu) has no effect at stage 2; use stage 3, or leave it out",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "use 2 without zero_hpz_partition_size"),
     ],
 )
 def test_what_is_slow_is_said(tmp_path: Path, ds_config: dict[str, Any], words: str) -> None:
     assert sum(words in line for line in slow(planner(tmp_path, ds_config=ds_config))) == 1
+
+
+def test_what_has_no_effect_is_not_advised(tmp_path: Path) -> None:
+    one_bucket = {"stage": 2, "overlap_comm": False, "offload_param": {"device": "cpu"}}
+    lines = list(slow(planner(tmp_path, ds_config={"zero_optimization": one_bucket})))
+    assert not [line for line in lines if "overlap_comm" in line or "pin_memory" in line]
+
+
+def test_the_bucket_that_is_advised_is_neither_too_small_nor_too_large(tmp_path: Path) -> None:
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 16}
+    (line,) = slow(planner(tmp_path, ds_config={"zero_optimization": zero}))
+    zero["reduce_bucket_size"] = int(line.rpartition(" ")[2])
+    assert list(slow(planner(tmp_path, ds_config={"zero_optimization": zero}))) == []
+
+
+def test_advice_can_be_followed_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(planner: Planner, *_: int) -> bool:
+        """There is room without the offload or at stage 2, and not for both."""
+        zero = planner.settings.ds_config["zero_optimization"]
+        return zero["stage"] == 3 or "offload_optimizer" in zero
+
+    monkeypatch.setattr(Planner, "fits", fits)
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    lines = list(slow(planner(tmp_path, ds_config={"zero_optimization": zero})))
+    assert [sum(words in line for line in lines) for words in ("offload_optimizer (cpu)", "stage (3)")] == [1, 0]
 
 
 def test_everything_that_keeps_a_plan_from_being_made_is_told_at_once(tmp_path: Path) -> None:
@@ -162,8 +245,22 @@ def test_a_folder_with_a_config_alone_is_planned(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     for words in ("ZeRO-3, 4 ranks", "trained:", "while loading", "in training", "checkpoint on disk", "  24 GB: 1"):
         assert words in printed
-    with pytest.raises(SystemExit, match=r"model .* cannot be loaded"):
+    with pytest.raises(SystemExit) as ended:
         main(["--model", str(tmp_path / "none"), "--ds_config", ds_config])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: model ") and "cannot be loaded" in told
+
+
+def test_a_mistyped_flag_is_told_without_what_a_plan_does_not_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))["main"]
+    with pytest.raises(SystemExit):
+        main(["--model", config_only(tmp_path), "--wrold_size", "3"])
+    told = capsys.readouterr().err
+    assert "--wrold_size is not a setting" in told and "ds_config is required" in told
+    assert "data is required" not in told and "output_dir is required" not in told
 
 
 def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path) -> None:
@@ -183,3 +280,15 @@ def test_a_model_that_does_not_exist_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         raise ConfigError(*plan_problems(config, world_size=1))
     assert len(list(plan_problems(config, world_size=1))) == 1
+
+
+def test_a_config_that_cannot_be_had_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(model: str) -> None:
+        asked.append(model)
+        raise OSError("no network")
+
+    monkeypatch.setattr(engine, "config_as_stored", refuse)
+    (problem,) = plan_problems(settings(tmp_path, base="some/base"), world_size=1)
+    assert "no network" in problem and asked == ["some/base"]

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
 
-from goat_ds.zero import ds_config
+from goat_ds.errors import ConfigError
+from goat_ds.zero import ds_config, sizes
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from tests.launching import REPOSITORY
 
@@ -55,6 +57,21 @@ def test_a_missing_file_and_bad_json_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{\n "a": 1,\n}')
     (problem,) = ds_config.read(tmp_path / "bad.json")[1]
     assert "bad.json line 3: not JSON" in problem
+
+
+def test_a_folder_and_a_file_that_is_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe\xff")
+    for path in (tmp_path, tmp_path / "bad.json"):
+        (problem,) = ds_config.read(path)[1]
+        assert problem.startswith(f"ds_config ({path}) cannot be read: ")
+
+
+def test_a_dtype_of_gradients_that_is_none_is_refused_in_one_line() -> None:
+    for name in ("fp31", ["fp32"]):
+        with pytest.raises(ConfigError) as refused:
+            sizes.read({"data_types": {"grad_accum_dtype": name}}, model_dtype=torch.bfloat16)
+        (problem,) = refused.value.problems
+        assert problem.startswith(f"ds_config: data_types.grad_accum_dtype ({name}) must be fp32, bf16 or fp16")
 
 
 def hpz(size: Any, *, stage: int = 3) -> dict[str, Any]:
