@@ -364,7 +364,9 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         for experts, is_active in used:
             # Detached out here: ZeRO-3 waits for the gradients of all inputs that need one before it lets weights go.
             x_seen = x.detach() if is_active and together is not None else x
-            result = experts(x_seen, result, is_active=is_active, into_base=into_base, together=together)
+            # A hook on the experts is given the base's output as well.
+            is_unseen = into_base and not experts._forward_hooks
+            result = experts(x_seen, result, is_active=is_active, into_base=is_unseen, together=together)
             into_base = False
         return result
 
