@@ -39,6 +39,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from goat_ds import GoatConfig
 from goat_ds.train.config import parse, ranks_from_environment
 from goat_ds.train.preflight import filled_ds_config
+from goat_ds.tuner import layer as layers
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing
@@ -143,7 +144,7 @@ def watched(load: Callable[[Path], Any], base_folder: Path) -> tuple[Any, int]:
     load(base_folder / SMALL)
     gc.collect()
     live = LiveTensors()
-    with live, patch.object(starts, "decompose", live.without(starts.decompose)):
+    with live, patch.object(layers, "decompose", live.without(layers.decompose)):
         model = load(base_folder)
     return model, live.peak
 

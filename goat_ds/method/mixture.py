@@ -3,7 +3,7 @@
 One product takes ``x`` into the ranks of ``A`` and ``A0``, gates multiply them, unselected experts by zero, and one
 takes them out by ``B`` and ``B0``. That costs what one LoRA of rank R costs and has no data-dependent control flow, so
 every rank of a sharded run touches the same parameters in the same order. Backward keeps ``x``, the rank-R
-activations and the gates only; a dropout mask is drawn again from its seed.
+activations and the router's logits only; a dropout mask is drawn again from its seed.
 
 Reading and writing ``[T, I]`` and ``[T, O]`` once more costs more than the skinny products do, so the mixture is added
 in place: to the base's output where the caller allows it, and to the base's gradient of ``x`` (``together``).
@@ -22,6 +22,7 @@ from torch import Tensor
 from goat_ds.method.dropout import dropout_mask, kept_share
 from goat_ds.method.routing import (
     BalanceSignal,
+    Gates,
     RouterLoad,
     logits_gradient,
     real_token_weights,
@@ -138,9 +139,8 @@ class _Mixture(torch.autograd.Function):
         x_TI, base_TO = _by_token(x), _by_token(base)
         u_TR, u0_TR, logits_TE = _activations(x_TI, factors, settings, dropout_seed)
         gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
-        gates_TE, probs_TE = (None, None) if gates is None else (gates.gates_TE, gates.probs_TE)
-        spread_ER = None if gates_TE is None else _spread(factors, settings, like=gates_TE)
-        h_TS = u_TR * _rank_gates(gates_TE, spread_ER, factors, settings, dtype=x.dtype)
+        spread_ER = None if gates is None else _spread(factors, settings, like=gates.gates_TE)
+        h_TS = u_TR * _rank_gates(gates, spread_ER, factors, settings, dtype=x.dtype)
         if u0_TR is not None:
             h_TS = torch.cat([h_TS, u0_TR * _residual_gates(factors, settings, dtype=x.dtype)], dim=1)
         b_SO = _stacked_b(factors, x.dtype).T
@@ -148,7 +148,8 @@ class _Mixture(torch.autograd.Function):
         # backward, autograd would refuse to go on.
         y_TO = base_TO.detach().addmm_(h_TS, b_SO) if into_base else torch.addmm(base_TO, h_TS, b_SO)
         # Parameters are saved as they are: a sharded one is empty between forward and backward, and whole in both.
-        ctx.save_for_backward(x, u_TR, gates_TE, probs_TE, *tensors)
+        # Gates and probabilities come of the logits again.
+        ctx.save_for_backward(x, u_TR, logits_TE, *tensors)
         ctx.dropout_seed, ctx.together, ctx.settings, ctx.signal = dropout_seed, together, settings, signal
         ctx.spread_ER = spread_ER
         if gates is None:
@@ -162,13 +163,14 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, u_TR, gates_TE, probs_TE, *tensors = ctx.saved_tensors
+        x, u_TR, logits_TE, *tensors = ctx.saved_tensors
         x_TI, grad_TO = _by_token(x), _by_token(grad)
         factors, settings, together = MixtureFactors(*tensors), ctx.settings, ctx.together
         needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _ = ctx.needs_input_grad
-        rank_gates_TR = _rank_gates(gates_TE, ctx.spread_ER, factors, settings, dtype=x.dtype)
+        gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
+        rank_gates_TR = _rank_gates(gates, ctx.spread_ER, factors, settings, dtype=x.dtype)
         grad_h_TS = grad_TO @ _stacked_b(factors, grad.dtype)
-        grads = _rank_gradients(ctx, grad_h_TS, u_TR, gates_TE, probs_TE, factors, rank_gates_TR)
+        grads = _rank_gradients(ctx, grad_h_TS, u_TR, gates, factors, rank_gates_TR)
         mask_TI = _mask(x_TI, settings, ctx.dropout_seed)
         grad_x = grad_a_RI = grad_b_OR = grad_router_EI = None
         if needs_x or together is not None:
@@ -191,7 +193,7 @@ class _Mixture(torch.autograd.Function):
 class _Activations(NamedTuple):
     """``A x`` and ``A0 x`` in the dtype of ``x``, and the router's logits in fp32 or better.
 
-    The first is in storage of its own, because it alone is kept for backward.
+    The first and the logits are in storage of their own, because they are kept for backward.
     """
 
     u_TR: Tensor
@@ -233,7 +235,10 @@ def _activations(
     if router_EI is not None and is_apart:
         logits_TE = _widened_logits(x_TI, router_EI)
     assert u_TR is not None
-    return _Activations(u_TR.to(x_TI.dtype).contiguous(), None if u0_TR is None else u0_TR.to(x_TI.dtype), logits_TE)
+    u0_TR = None if u0_TR is None else u0_TR.to(x_TI.dtype)
+    # Tokens lie next to each other in memory, as _softmax wants them.
+    logits_TE = None if logits_TE is None else logits_TE.T.clone(memory_format=torch.contiguous_format).T
+    return _Activations(u_TR.to(x_TI.dtype).contiguous(), u0_TR, logits_TE)
 
 
 def _has_wide_product(x_TI: Tensor, router_EI: Tensor) -> bool:
@@ -285,7 +290,7 @@ def _spread(factors: MixtureFactors, settings: MixtureSettings, *, like: Tensor)
 
 
 def _rank_gates(
-    gates_TE: Tensor | None,
+    gates: Gates | None,
     spread_ER: Tensor | None,
     factors: MixtureFactors,
     settings: MixtureSettings,
@@ -296,9 +301,9 @@ def _rank_gates(
 
     A number or ``[R]`` without a router.
     """
-    if gates_TE is not None and spread_ER is not None:
+    if gates is not None and spread_ER is not None:
         # Repeating along the last dimension takes four times as long.
-        return (gates_TE @ spread_ER).to(dtype)
+        return (gates.gates_TE @ spread_ER).to(dtype)
     if factors.scale_E is None:
         return settings.scale
     return factors.scale_E.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts)
@@ -316,8 +321,7 @@ def _rank_gradients(
     ctx: Any,
     grad_h_TS: Tensor,
     u_TR: Tensor,
-    gates_TE: Tensor | None,
-    probs_TE: Tensor,
+    gates: Gates | None,
     factors: MixtureFactors,
     rank_gates_TR: Tensor | float,
 ) -> _RankGradients:
@@ -325,24 +329,24 @@ def _rank_gradients(
     grad_logits_TE = grad_u0_TR = None
     if grad_h_TS.shape[1] > r:
         grad_u0_TR = grad_h_TS[:, r:] * _residual_gates(factors, settings, dtype=u_TR.dtype)
-    if gates_TE is not None:
-        grad_gates_TR = (grad_h_TS[:, :r] * u_TR).to(gates_TE.dtype)
+    if gates is not None:
+        grad_gates_TR = (grad_h_TS[:, :r] * u_TR).to(gates.gates_TE.dtype)
         grad_gates_ET = ctx.spread_ER @ grad_gates_TR.T
-        grad_logits_TE = _logits_gradient(ctx, gates_TE, probs_TE, grad_gates_ET.T).to(u_TR.dtype)
+        grad_logits_TE = _logits_gradient(ctx, gates, grad_gates_ET.T).to(u_TR.dtype)
     grad_u_TR = grad_h_TS[:, :r] * rank_gates_TR
     if ctx.dropout_seed is not None:
         grad_u_TR.div_(kept_share(settings.dropout))
     return _RankGradients(grad_u_TR, grad_logits_TE, grad_u0_TR)
 
 
-def _logits_gradient(ctx: Any, gates_TE: Tensor, probs_TE: Tensor, grad_gates_TE: Tensor) -> Tensor:
+def _logits_gradient(ctx: Any, gates: Gates, grad_gates_TE: Tensor) -> Tensor:
     settings, grad_probs_TE = ctx.settings, None
     if settings.balance_coef:
         # dL_b/dp_e(t) = f_e / T for a real token: f counts choices, and choices have no gradient.
-        weight_T = real_token_weights(probs_TE, ctx.mask_T) * ctx.signal.take_upstream(like=probs_TE)
+        weight_T = real_token_weights(gates.probs_TE, ctx.mask_T) * ctx.signal.take_upstream(like=gates.probs_TE)
         share_E = ctx.share_E * settings.num_experts * settings.balance_coef
         grad_probs_TE = (share_E[:, None] * weight_T).T
-    return logits_gradient(gates_TE, probs_TE, grad_gates_TE=grad_gates_TE, grad_probs_TE=grad_probs_TE)
+    return logits_gradient(gates.gates_TE, gates.probs_TE, grad_gates_TE=grad_gates_TE, grad_probs_TE=grad_probs_TE)
 
 
 def _summed_over_tokens(few_TG: Tensor, many_TI: Tensor) -> Tensor:

@@ -254,9 +254,9 @@ def half_precision_layer(
 
 
 @pytest.mark.parametrize("dropout_seed", [None, 3])
-def test_backward_keeps_the_input_the_activations_and_the_gates_only(dropout_seed: int | None) -> None:
-    num_tokens, two_gates = 3 * 7, 2 * 2
-    expected = num_tokens * (2 * IN + 2 * R + 4 * two_gates)
+def test_backward_keeps_the_input_the_activations_and_the_logits_only(dropout_seed: int | None) -> None:
+    num_tokens, num_experts = 3 * 7, 2
+    expected = num_tokens * (2 * IN + 2 * R + 4 * num_experts)
     assert half_precision_layer(dropout_seed=dropout_seed).kept_bytes == expected
 
 

@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from goat_ds.train.build import build
 from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.tuner import layer as tuner_layer
 from goat_ds.tuner.base_quantization import plain_path
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear
-from goat_ds.zero import decompose, partition, ranks
 from goat_ds.zero import engine as engines
+from goat_ds.zero import partition, ranks
 from goat_ds.zero.checkpoint import save_checkpoint
 from goat_ds.zero.quantize import measure
 
@@ -90,13 +91,13 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     processes = ranks_from_environment(parse(jobs[0]["flags"]))
     ranks.join(processes, timeout_minutes=5)
-    svd, build_engine = decompose.decompose, engines.build_engine
+    svd, build_engine = tuner_layer.decompose, engines.build_engine
     for job in jobs:
         output = Path(job["output"])
         output.mkdir(parents=True, exist_ok=True)
         gc.collect()
         live = LiveBytes()
-        decompose.decompose = live.without(svd)
+        tuner_layer.decompose = live.without(svd)
         engines.build_engine = partial(stop_counting, live, build_engine)
         live.__enter__()
         engine = build(parse(job["flags"]), processes, num_steps=4)
