@@ -117,7 +117,9 @@ def settings(folder: Path, case: Case, *, num_tokens: int) -> TrainConfig:
 def compare(folder: Path, number: int, case: Case, *, num_tokens: int) -> list[Row]:
     """Plan a case, run it, and set the two beside each other."""
     planner = planner_of(settings(folder, case, num_tokens=num_tokens), world_size=WORLD_SIZE)
-    planned = (planner.while_loading(WORLD_SIZE).everywhere, planner.in_training(WORLD_SIZE).everywhere)
+    # Device and host are one memory here, so the worst phase is that of both together.
+    loading = max(phase.everywhere for phase in planner.loading_phases(WORLD_SIZE))
+    planned = (loading, planner.in_training(WORLD_SIZE).everywhere)
     used = run(folder, number, num_tokens=num_tokens)
     return [
         Row(

@@ -149,8 +149,12 @@ class Planner:
         return in_training(self.run(world_size), self.timeline, torch_adam=self.settings.engine.torch_adam)
 
     def while_loading(self, world_size: int) -> Memory:
-        """Give what each of so many ranks holds at the worst moment of loading."""
-        return start.while_loading(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
+        """Give what each of so many ranks holds at the worst moments of loading."""
+        return start.while_loading(self.loading_phases(world_size))
+
+    def loading_phases(self, world_size: int) -> list[Memory]:
+        """Give what each of so many ranks holds in each phase of loading."""
+        return start.loading_phases(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
 
     def _device_bytes(self, world_size: int) -> int:
         """Give the most a GPU holds, loading or training."""

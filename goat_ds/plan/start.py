@@ -87,8 +87,13 @@ def _cost(out_features: int, in_features: int) -> int:
     return out_features * in_features * min(out_features, in_features)
 
 
-def while_loading(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> Memory:
-    """Give what a rank holds until its engine is ready, on the device and on the host each at its own worst moment.
+def while_loading(phases: Sequence[Memory]) -> Memory:
+    """Give what a rank holds until its engine is ready, on the device and on the host each at its own worst moment."""
+    return Memory(tuple(part for place in Place for part in _worst_parts(phases, place)))
+
+
+def loading_phases(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> list[Memory]:
+    """Give what a rank holds in each phase until its engine is ready.
 
     Args:
         run: Model, ZeRO and ranks.
@@ -98,8 +103,7 @@ def while_loading(run: Run, decompositions: Decompositions, *, is_mapped: bool) 
     phases = [_while_starting(run, decompositions, is_mapped=is_mapped), _while_building(run)]
     if run.zero.stage == 3 and not (is_mapped and run.skeleton.count(Kind.FOUR_BIT)):
         phases.append(_while_reading(run))
-    memories = [Memory(tuple(phase)) for phase in phases]
-    return Memory(tuple(part for place in Place for part in _worst_parts(memories, place)))
+    return [Memory(tuple(phase)) for phase in phases]
 
 
 def _worst_parts(memories: Sequence[Memory], place: Place) -> list[Part]:
