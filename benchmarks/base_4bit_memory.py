@@ -17,9 +17,6 @@ import argparse
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +30,7 @@ import torch.distributed
 from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
 from results import Row
+from setting import start_ranks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -113,12 +111,7 @@ def write_base(folder: Path, *, num_layers: int, hidden: int, intermediate: int)
 
 def run(base: Path, way: str, *, world_size: int) -> list[Held]:
     """Run one way in fresh processes; give what each rank held."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = [*launcher, __file__, "--base", str(base), "--way", way]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{way} on {world_size} ranks failed:\n{done.stdout[-6000:]}")
+    start_ranks(__file__, "--base", base, "--way", way, world_size=world_size, quietly=True)
     return [Held(**json.loads(path.read_text())) for path in sorted(base.glob("rank*.json"))[:world_size]]
 
 

@@ -19,6 +19,7 @@ import results
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from results import Row
+from setting import GEMMA_3_270M, LLAMA_3_8B
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -32,22 +33,8 @@ VOCABULARY = 256
 RIVAL, OURS = "bitsandbytes + LoRA", "ours + GOAT"
 TARGETS = {OURS: 1.05}
 SHAPES: dict[str, dict[str, int]] = {
-    "gemma-3-270m": {
-        "num_hidden_layers": 4,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-    },
-    "llama-3-8b": {
-        "num_hidden_layers": 1,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+    "gemma-3-270m": {"num_hidden_layers": 4, **GEMMA_3_270M},
+    "llama-3-8b": {"num_hidden_layers": 1, **LLAMA_3_8B},
 }
 
 

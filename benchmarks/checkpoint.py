@@ -12,13 +12,10 @@ forward, backward and update of one row a rank.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,7 @@ import results
 import torch
 import torch.distributed
 from results import Row
+from setting import GEMMA_3_270M, ignore_calls_of_libraries, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 
 from goat_ds import GoatConfig
@@ -72,9 +70,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), num_layers=arguments.layers)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launcher, __file__, *sys.argv[1:], "--base", folder]
-        subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        start_ranks(__file__, *sys.argv[1:], "--base", folder)
 
 
 def write_base(folder: Path, *, num_layers: int) -> None:
@@ -82,21 +78,15 @@ def write_base(folder: Path, *, num_layers: int) -> None:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,
-        hidden_size=640,
-        intermediate_size=2048,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
+        **GEMMA_3_270M,
     )
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row]:
     """Time steps and checkpoints on this rank, in turn; give what they took on the first rank."""
-    # Calls that DeepSpeed and PEFT make.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     processes = ranks_from_environment(config)

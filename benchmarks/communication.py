@@ -12,12 +12,9 @@ forward or backward; it is one of two CPU ranks and gloo, and says nothing about
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from deepspeed.comm import comm
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import LoraConfig, PeftModel, get_peft_model
 from results import Row
+from setting import ignore_calls_of_libraries, start_ranks
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, get_scheduler
 
@@ -169,9 +167,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), arguments)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launcher, __file__, *sys.argv[1:], "--base", folder]
-        subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        start_ranks(__file__, *sys.argv[1:], "--base", folder)
 
 
 def write_base(folder: Path, arguments: argparse.Namespace) -> None:
@@ -193,9 +189,7 @@ def write_base(folder: Path, arguments: argparse.Namespace) -> None:
 
 def measure(base_folder: Path, *, num_tokens: int, num_steps: int) -> list[Row]:
     """Train both ways on this rank; give the rows on the first rank."""
-    # Calls that DeepSpeed and PEFT make.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     processes = ranks_from_environment(config)

@@ -12,9 +12,6 @@ tensor and is neither planned nor counted.
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +21,7 @@ import torch
 import torch.distributed
 from live_tensors import LiveTensors, is_mapped
 from results import Row
+from setting import start_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from goat_ds.data import MicroBatch, StepBatch
@@ -136,12 +134,8 @@ def compare(folder: Path, number: int, case: Case, *, num_tokens: int) -> list[R
 
 def run(folder: Path, number: int, *, num_tokens: int) -> Used:
     """Run a case in fresh processes; give the most that any rank held."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD_SIZE)]
-    command = [*launcher, __file__, "--base", str(folder), "--case", str(number), "--tokens", str(num_tokens)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{CASES[number].name} failed:\n{done.stdout[-6000:]}")
+    flags = ["--base", folder, "--case", number, "--tokens", num_tokens]
+    start_ranks(__file__, *flags, world_size=WORLD_SIZE, quietly=True)
     found = [Used(**json.loads((folder / f"rank{rank}.json").read_text())) for rank in range(WORLD_SIZE)]
     return Used(max(used.loading for used in found), max(used.training for used in found))
 

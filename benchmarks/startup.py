@@ -7,9 +7,7 @@ gather each weight on every rank and call ``torch.linalg.svd`` on it. Shapes are
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from typing import Any
 import results
 import torch
 import torch.distributed
+from setting import GEMMA_3_270M, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from goat_ds import GoatConfig
@@ -48,10 +47,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), num_layers=arguments.layers)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        given = ["--layers", str(arguments.layers), "--repeats", str(arguments.repeats), "--results", arguments.results]
-        command = [*launcher, __file__, "--base", folder, *map(str, given)]
-        subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        start_ranks(__file__, *sys.argv[1:], "--base", folder)
 
 
 def write_base(folder: Path, *, num_layers: int) -> None:
@@ -59,12 +55,8 @@ def write_base(folder: Path, *, num_layers: int) -> None:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=256,
-        hidden_size=640,
-        intermediate_size=2048,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
+        **GEMMA_3_270M,
     )
     model = Gemma3ForCausalLM(config)
     with torch.no_grad():

@@ -14,7 +14,6 @@ import argparse
 import copy
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from datasets import Dataset
 from live_tensors import LiveTensors
 from peft import LoraConfig, get_peft_model
 from results import Row
+from setting import GEMMA_3_270M, ignore_calls_of_libraries
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
@@ -66,8 +66,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     results.add_flag(parser)
     arguments = parser.parse_args()
-    # Calls that DeepSpeed makes.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero2.json")])
     processes = ranks_from_environment(config)
@@ -122,12 +121,8 @@ def random_base(*, num_layers: int, vocabulary: int) -> Any:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
-        hidden_size=640,
-        intermediate_size=2048,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
+        **GEMMA_3_270M,
         sliding_window=512,
         use_cache=False,
     )
