@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from goat_ds.method.dropout import dropout_mask, kept_share
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
-from goat_ds.method.together import gradient_together
+from goat_ds.method.together import GradientTogether, gradient_together
 from tests import reference
 
 NUM_TOKENS, IN, OUT, R = 7, 10, 6, 4
@@ -292,3 +292,11 @@ def test_on_cuda_one_product_gives_activations_and_logits_in_fp32() -> None:
     assert called.shapes_of(torch.ops.aten.mm.dtype) == [(5, 2 * R + 2)]
     assert load is not None
     assert (y.dtype, load.prob_E.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_part_of_the_gradient_is_added_once_and_forgotten() -> None:
+    together, part, grad = GradientTogether(), draw(5, IN), torch.zeros(5, IN, dtype=torch.float64)
+    together.put(1, part)
+    together.added_to_(grad)
+    together.added_to_(grad)
+    assert torch.equal(grad, part)

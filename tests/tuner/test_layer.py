@@ -260,6 +260,29 @@ def test_a_backward_hook_on_the_base_layer_sees_its_gradient_alone() -> None:
     assert x.grad is not None and not torch.equal(x.grad, seen[0])
 
 
+def test_a_base_whose_forward_was_replaced_keeps_what_it_returned() -> None:
+    plain, adapted = one_layer()
+    returned: list[Tensor] = []
+    original = adapted.base_layer.forward
+
+    def kept(x: Tensor) -> Tensor:
+        returned.append(original(x))
+        return returned[-1]
+
+    adapted.base_layer.forward = kept
+    adapted(draw_input())
+    assert torch.equal(returned[0], plain(draw_input()))
+
+
+def test_a_hook_on_one_adapter_sees_its_own_sum_beside_another() -> None:
+    adapted, seen = two_adapters(), list[Tensor]()
+    first = next(iter(adapted.goat_experts.values()))
+    expected = first(draw_input(), adapted.base_layer(draw_input()))
+    first.register_forward_hook(lambda _, args, output: seen.append(output))
+    adapted(draw_input())
+    torch.testing.assert_close(seen[0], expected)
+
+
 def test_a_weight_with_values_that_are_no_numbers_is_refused_by_name() -> None:
     base = nn.Linear(24, 40)
     base.weight.data[3, 5] = float("nan")
