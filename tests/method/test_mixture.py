@@ -106,6 +106,13 @@ def test_a_dropout_mask_keeps_the_share_it_names(dropout: float) -> None:
     assert mask.mean().item() == pytest.approx(kept_share(dropout), abs=5 * deviation)
 
 
+def test_a_seed_gives_its_own_mask_again() -> None:
+    x = torch.ones(50, IN)
+    masks = [dropout_mask(x, dropout=0.5, seed=seed) for seed in (1, 2, 1)]
+    assert torch.equal(masks[0], masks[2])
+    assert 0.4 < (masks[0] != masks[1]).float().mean() < 0.6
+
+
 def test_dropout_reaches_the_experts_only() -> None:
     torch.manual_seed(0)
     x, a, b, a0, b0, router = (

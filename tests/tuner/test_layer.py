@@ -305,6 +305,16 @@ def test_dropout_zeroes_the_share_it_names_and_keeps_the_mean() -> None:
     assert passed.mean().item() == pytest.approx(1, abs=0.02)
 
 
+def test_dropout_is_drawn_anew_in_every_forward_and_again_from_torchs_seed() -> None:
+    _, adapted = one_layer(dropout=0.5)
+    disturb(adapted)
+    torch.manual_seed(3)
+    first, second = adapted(draw_input()), adapted(draw_input())
+    torch.manual_seed(3)
+    assert torch.equal(adapted(draw_input()), first)
+    assert not torch.equal(first, second)
+
+
 def test_dropout_works_under_autocast() -> None:
     model = goat(dropout=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
