@@ -1,4 +1,4 @@
-"""Every benchmark runs to its table; what it measures on tiny shapes means nothing."""
+"""Every benchmark runs to its table; what it measures on tiny shapes means nothing, but for what was planned."""
 
 import json
 import subprocess
@@ -32,18 +32,7 @@ SMALLEST = {
     "base_4bit_step.py": ["--shapes", "gemma-3-270m", "--tokens", "16", "--repetitions", "2"],
     "communication.py": ["--hidden", "512", "--intermediate", "1024", "--tokens", "16", "--steps", "2"],
     "checkpoint.py": ["--layers", "1", "--tokens", "16", "--repetitions", "2"],
-    "plan.py": [
-        "--layers",
-        "1",
-        "--hidden",
-        "128",
-        "--intermediate",
-        "256",
-        "--vocabulary",
-        "64",
-        "--tokens",
-        "32",
-    ],
+    "plan.py": [],  # starting eight ranks takes longer than what they compute
 }
 
 
@@ -69,6 +58,9 @@ def test_a_benchmark_prints_its_table_and_appends_it(name: str, tmp_path: Path) 
     for line in found:
         assert line["script"] == name and line["flags"] and line["question"] in done.stdout
         assert len(line["ours"]) == len(line["rival"]) > 0
+        if line["at_least"] is not None:
+            # What was foretold, against what was: bytes, which are the same on every machine.
+            assert line["at_least"] <= line["ours"][0] / line["rival"][0] <= line["at_most"], line["question"]
     assert TABLE.read_text() == table_before
 
 

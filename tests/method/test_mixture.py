@@ -226,7 +226,7 @@ class Both(NamedTuple):
     kept_bytes: int
 
 
-def half_precision_layer(
+def small_layer(
     *, dtype: torch.dtype = torch.bfloat16, dropout_seed: int | None = None, in_place: bool = False
 ) -> Both:
     """Run a frozen layer and its mixture, both ways."""
@@ -264,13 +264,18 @@ def half_precision_layer(
 def test_backward_keeps_the_input_the_activations_and_the_logits_only(dropout_seed: int | None) -> None:
     num_tokens, num_experts = 3 * 7, 2
     expected = num_tokens * (2 * IN + 2 * R + 4 * num_experts)
-    assert half_precision_layer(dropout_seed=dropout_seed).kept_bytes == expected
+    assert small_layer(dropout_seed=dropout_seed).kept_bytes == expected
+
+
+def test_backward_keeps_nothing_of_the_product_that_gave_the_logits_but_them() -> None:
+    expected = 3 * 7 * 4 * (IN + R + 2)
+    assert small_layer(dtype=torch.float32).kept_bytes == expected
 
 
 @pytest.mark.parametrize("dropout_seed", [None, 3])
 def test_a_mixture_added_in_place_has_the_values_and_gradients_of_one_beside_the_base(dropout_seed: int | None) -> None:
-    beside = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed)
-    in_place = half_precision_layer(dtype=torch.float64, dropout_seed=dropout_seed, in_place=True)
+    beside = small_layer(dtype=torch.float64, dropout_seed=dropout_seed)
+    in_place = small_layer(dtype=torch.float64, dropout_seed=dropout_seed, in_place=True)
     torch.testing.assert_close(in_place.y, beside.y)
     torch.testing.assert_close(in_place.grads, beside.grads)
 
