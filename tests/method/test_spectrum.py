@@ -209,7 +209,7 @@ def test_where_squaring_costs_too_many_digits_the_svd_is_taken(
     assert_accurate(weight, found, indices_ED, at_most=1e-12)
 
 
-@pytest.mark.parametrize("wrong", ["vectors", "places", "no convergence"])
+@pytest.mark.parametrize("wrong", ["vectors", "places", "one twice", "no convergence"])
 def test_eigenvectors_that_are_wrong_are_not_used(
     wrong: str, whole_svds: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +221,8 @@ def test_eigenvectors_that_are_wrong_are_not_used(
         values_W, vectors_QW = right(side_QL, wanted_W)
         if wrong == "vectors":
             return spectrum._Eigenpairs(values_W, vectors_QW + 1e-6 * vectors_QW.roll(1, 0))
-        return spectrum._Eigenpairs(values_W, right(side_QL, wanted_W.clamp_min(1)).vectors_QW)
+        others_W = wanted_W + 1 if wrong == "places" else wanted_W.clamp_min(1)
+        return spectrum._Eigenpairs(values_W, right(side_QL, others_W).vectors_QW)
 
     monkeypatch.setattr(spectrum, "_some_eigenpairs", found)
     weight = with_spectrum(SPECTRA["even"], (40, 24))
