@@ -13,7 +13,7 @@ from goat_ds import GoatConfig, plan
 from goat_ds.errors import ConfigError
 from goat_ds.plan import start
 from goat_ds.plan.advice import slow
-from goat_ds.plan.memory import Place, checkpoint_bytes
+from goat_ds.plan.memory import Memory, Part, Place, checkpoint_bytes
 from goat_ds.plan.planner import GPU_GIB, Planner
 from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.preflight import plan_problems
@@ -96,6 +96,15 @@ def test_below_zero_3_the_base_counts_on_the_host_that_reads_it_and_on_the_devic
     found = planner(tmp_path, ds_config={"zero_optimization": {"stage": 1}})
     memory, base = found.while_loading(4), found.skeleton.num_bytes(Kind.BASE)
     assert all(memory.on(place) >= base for place in Place)
+
+
+def test_loading_counts_the_worst_moment_of_either_place() -> None:
+    worst_device, worst_host = Part("base", 3, Place.DEVICE), Part("base", 2, Place.HOST)
+    phases = [
+        Memory((Part("adapter", 1, Place.DEVICE), worst_host)),
+        Memory((worst_device, Part("adapter", 1, Place.HOST))),
+    ]
+    assert set(start.while_loading(phases).parts) == {worst_device, worst_host}
 
 
 def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight(
