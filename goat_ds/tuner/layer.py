@@ -362,7 +362,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         # Under ZeRO-3 DeepSpeed hooks every layer, and the sum is written beside the base's output.
         into_base = is_plain and not self._is_watched
         for experts, is_active in used:
-            # Under ZeRO-3 DeepSpeed has a function on every input, and would be given zeros where its gradient goes round.
+            # Under ZeRO-3 DeepSpeed's function on every input would be given zeros where the gradient goes elsewhere.
             x_seen = x.detach() if is_active and together is not None else x
             # A hook on the experts is given the base's output as well.
             is_unseen = into_base and not experts._forward_hooks
