@@ -85,6 +85,25 @@ def test_what_is_offloaded_is_on_the_host(tmp_path: Path) -> None:
     assert planner(tmp_path).in_training(2).on(Place.HOST) == 0
 
 
+@pytest.mark.parametrize(("stage", "place"), [(1, Place.DEVICE), (2, Place.HOST)])
+def test_below_zero_2_gradients_wait_on_the_device_for_an_optimizer_on_the_host(
+    tmp_path: Path, stage: int, place: Place
+) -> None:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    memory = planner(tmp_path, ds_config={"zero_optimization": zero}).in_training(2)
+    assert [part.place for part in memory.parts if part.name == "gradients"] == [place]
+
+
+def test_below_zero_3_overlapping_takes_a_second_bucket(tmp_path: Path) -> None:
+    def bucket(stage: int, overlap: bool) -> int:
+        zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 1000}
+        memory = planner(tmp_path, ds_config={"zero_optimization": zero}).in_training(2)
+        return sum(part.num_bytes for part in memory.parts if "bucket" in part.name)
+
+    assert bucket(2, True) == 2 * bucket(2, False) > 0
+    assert bucket(3, True) == bucket(3, False) > 0
+
+
 def test_a_second_copy_of_the_parameters_lies_where_they_lie(tmp_path: Path) -> None:
     for offload, place in (({"device": "cpu"}, Place.HOST), ({"device": "none"}, Place.DEVICE)):
         zero = {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": offload}
