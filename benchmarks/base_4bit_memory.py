@@ -35,16 +35,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from goat_ds import GoatConfig
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.distributed import ranks
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner import layer as layers
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing
 from goat_ds.zero import decompose as starts
-from goat_ds.zero import ds_config, partition, quantize, ranks
+from goat_ds.zero import ds_config, partition, quantize
 from goat_ds.zero import engine as engines
-from goat_ds.zero.ranks import Ranks
 
 OURS = {"mapped": "mapped files", "shards": "16-bit shards"}
 RIVAL = "hf"
@@ -119,15 +120,10 @@ def measure(base_folder: Path, way: str) -> None:
     """Run one way on this rank and write down what it held."""
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=30)
-    filled = filled_ds_config(config, processes)
-    held = (
-        by_transformers(base_folder, filled)
-        if way == RIVAL
-        else by_us(base_folder, filled, processes, mapped=way == "mapped")
-    )
-    (base_folder / f"rank{processes.world_rank}.json").write_text(json.dumps(held._asdict()))
+    join_ranks(config, timeout_minutes=30)
+    filled = filled_ds_config(config)
+    held = by_transformers(base_folder, filled) if way == RIVAL else by_us(base_folder, filled, mapped=way == "mapped")
+    (base_folder / f"rank{ranks.get_rank()}.json").write_text(json.dumps(held._asdict()))
     torch.distributed.barrier()
     ranks.leave()
 
@@ -142,7 +138,7 @@ def watched(load: Callable[[Path], Any], base_folder: Path) -> tuple[Any, int]:
     return model, live.peak
 
 
-def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *, mapped: bool) -> Held:
+def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> Held:
     """Load, quantise and shard, then train one step."""
     quantization = BaseQuantization(
         packing=Packing(), dtype="bfloat16", weight_dtype="bfloat16", compute_dtype="bfloat16"
@@ -160,7 +156,6 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *,
         starts.start_adapter(
             model,
             engines.ADAPTER_NAME,
-            processes=processes,
             seed=0,
             cache=None,
             recipe=quantize.recipe_of(quantization, engine_config=engine_config),
@@ -181,7 +176,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], processes: Ranks, *,
         trained=quantize.measure(model).bytes_here,
         kept=kept,
         peak=peak,
-        allowance=allowance_of(base_folder, world_size=processes.world_size) + of_experts,
+        allowance=allowance_of(base_folder, world_size=ranks.get_world_size()) + of_experts,
     )
 
 

@@ -28,14 +28,15 @@ from setting import GEMMA_3_270M, ignore_calls_of_libraries, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 
 from goat_ds import GoatConfig
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.distributed import ranks
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.zero import engine as engines
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
 from goat_ds.zero.decompose import start_adapter
 from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.ranks import Ranks
 
 RIVAL, OURS = "DeepSpeed", "ours"
 SAVE_STEPS = 50
@@ -89,26 +90,25 @@ def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row
     ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=30)
-    engine = engine_of(base_folder, filled_ds_config(config, processes), processes)
-    ways = ways_to_save(engine, processes)
+    join_ranks(config, timeout_minutes=30)
+    engine = engine_of(base_folder, filled_ds_config(config))
+    ways = ways_to_save(engine)
     steps: dict[str, list[float]] = {name: [] for name in ways}
     saved: dict[str, list[Saved]] = {name: [] for name in ways}
     names = list(ways)
     for _ in range(repetitions + 1):
         for name in names:
             steps[name].append(timed(lambda: step(engine, num_tokens=num_tokens)))
-            saved[name].append(save(ways[name], base_folder / "saved", processes))
+            saved[name].append(save(ways[name], base_folder / "saved"))
         # Neither always follows the other.
         names.reverse()
-    rows = rows_of(saved, steps[OURS], num_trained=num_trained(engine)) if processes.is_first else []
+    rows = rows_of(saved, steps[OURS], num_trained=num_trained(engine)) if ranks.is_first() else []
     engines.destroy(engine)
     ranks.leave()
     return rows
 
 
-def engine_of(base_folder: Path, engine_config: dict[str, Any], processes: Ranks) -> Any:
+def engine_of(base_folder: Path, engine_config: dict[str, Any]) -> Any:
     """Load the base, start experts on it, give both to DeepSpeed."""
     base = engines.load_base(
         str(base_folder),
@@ -117,17 +117,17 @@ def engine_of(base_folder: Path, engine_config: dict[str, Any], processes: Ranks
         engine_config=engine_config,
     )
     model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
-    start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=None)
+    start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None)
     return engines.build_engine(
         model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)
     )
 
 
-def ways_to_save(engine: Any, processes: Ranks) -> dict[str, Callable[[Path], object]]:
+def ways_to_save(engine: Any) -> dict[str, Callable[[Path], object]]:
     """Give what writes a checkpoint into a folder, by name."""
 
     def ours(folder: Path) -> None:
-        save_checkpoint(engine, output_dir=folder, step=1, processes=processes)
+        save_checkpoint(engine, output_dir=folder, step=1)
 
     def deepspeeds(folder: Path) -> None:
         engine.save_checkpoint(str(folder), tag="1", exclude_frozen_parameters=True)
@@ -143,15 +143,15 @@ def step(engine: Any, *, num_tokens: int) -> None:
     engine.step()
 
 
-def save(write: Callable[[Path], object], folder: Path, processes: Ranks) -> Saved:
+def save(write: Callable[[Path], object], folder: Path) -> Saved:
     """Time one checkpoint and weigh it, then delete it."""
-    if processes.is_first:
+    if ranks.is_first():
         folder.mkdir()
     seconds = timed(lambda: write(folder))
     num_bytes = bytes_below(folder)
     adapter_bytes = sum(map(bytes_below, folder.rglob(ADAPTER_FOLDER)))
     torch.distributed.barrier()
-    if processes.is_first:
+    if ranks.is_first():
         shutil.rmtree(folder)
     return Saved(seconds, num_bytes, adapter_bytes)
 

@@ -35,15 +35,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from goat_ds import GoatConfig
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.distributed import ranks
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.decompose import StoredExperts, start_adapter
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Checkpointing
-from goat_ds.zero.ranks import Ranks
 
 BYTES_TARGET = 1.02
 R, NUM_EXPERTS = 32, 8
@@ -192,9 +193,8 @@ def measure(base_folder: Path, *, num_tokens: int, num_steps: int) -> list[Row]:
     ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=30)
-    engine_config, base = filled_ds_config(config, processes), AutoConfig.from_pretrained(base_folder)
+    join_ranks(config, timeout_minutes=30)
+    engine_config, base = filled_ds_config(config), AutoConfig.from_pretrained(base_folder)
     largest = base.hidden_size * base.intermediate_size
     engine_config["zero_optimization"] |= {
         "stage3_max_live_parameters": 2 * largest,
@@ -204,47 +204,46 @@ def measure(base_folder: Path, *, num_tokens: int, num_steps: int) -> list[Row]:
     for checkpointing in (Checkpointing.NONE, Checkpointing.NON_REENTRANT):
         found = []
         for adapted in (with_goat, with_lora):
-            engine = engine_of(base_folder, adapted, checkpointing, engine_config, processes)
+            engine = engine_of(base_folder, adapted, checkpointing, engine_config)
             found.append(steps_of(engine, num_tokens=num_tokens, num_steps=num_steps))
             engines.destroy(engine)
         rows += rows_of(*found, checkpointing)
-        if processes.is_first:
+        if ranks.is_first():
             print_parts(*found, checkpointing)
     ranks.leave()
-    return rows if processes.is_first else []
+    return rows if ranks.is_first() else []
 
 
 def engine_of(
     base_folder: Path,
-    adapted: Callable[[Any, dict[str, Any], Ranks], PeftModel],
+    adapted: Callable[[Any, dict[str, Any]], PeftModel],
     checkpointing: Checkpointing,
     engine_config: dict[str, Any],
-    processes: Ranks,
 ) -> Any:
     """Load the base, put an adapter on it, give both to DeepSpeed."""
     base = engines.load_base(
         str(base_folder), precision=Precision.BF16, attention=engines.Attention.SDPA, engine_config=engine_config
     )
-    model = adapted(base, engine_config, processes)
+    model = adapted(base, engine_config)
     engines.enable_checkpointing(model, checkpointing)
     return engines.build_engine(
         model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)
     )
 
 
-def with_goat(base: Any, engine_config: dict[str, Any], processes: Ranks) -> PeftModel:
+def with_goat(base: Any, engine_config: dict[str, Any]) -> PeftModel:
     """Put experts on every linear layer of the blocks; they start from random values."""
     model = engines.attach_experts(base, GoatConfig(r=R, num_experts=NUM_EXPERTS), engine_config=engine_config)
     start = StoredExperts(0, {
         f"{item.path}.goat_{name}": torch.randn(partition.full_shape(parameter), dtype=torch.bfloat16) / 64
         for item in named_experts(model, engines.ADAPTER_NAME)
         for name, parameter in item.experts.named_parameters()
-    } if processes.is_first else None)  # fmt: skip
-    start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=None, stored=start)
+    } if ranks.is_first() else None)  # fmt: skip
+    start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None, stored=start)
     return model
 
 
-def with_lora(base: Any, engine_config: dict[str, Any], processes: Ranks) -> PeftModel:
+def with_lora(base: Any, engine_config: dict[str, Any]) -> PeftModel:
     """Put PEFT's LoRA on the same layers, sharded at birth as experts are."""
     config = LoraConfig(r=R, target_modules="all-linear", init_lora_weights=False)
     with partition.partitioned_at_birth(engine_config, stage=3):

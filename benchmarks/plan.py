@@ -25,12 +25,14 @@ from setting import start_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from goat_ds.data import MicroBatch, StepBatch
+from goat_ds.distributed import ranks
 from goat_ds.train.build import build
-from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import planner_of
 from goat_ds.zero import engine as engines
-from goat_ds.zero import ranks
 
 WORLD_SIZE = 2
 NUM_STEPS = 2
@@ -144,10 +146,9 @@ def be_a_rank(folder: Path, case: Case, *, num_tokens: int) -> None:
     """Load and train, and write down what this rank held."""
     torch.set_num_threads(1)
     config = settings(folder, case, num_tokens=num_tokens)
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=10)
+    join_ranks(config, timeout_minutes=10)
     with LiveTensors() as live:
-        engine = build(config, processes, num_steps=100)
+        engine = build(config, num_steps=100)
         gc.collect()
         mapped = sum(p.nbytes for p in engine.module.parameters() if p.numel() and is_mapped(p))
         loading = live.peak
@@ -156,7 +157,7 @@ def be_a_rank(folder: Path, case: Case, *, num_tokens: int) -> None:
             live.peak = live.held
             train_step(engine, batch)
         used = Used(loading + mapped, live.peak + mapped)
-    (folder / f"rank{processes.world_rank}.json").write_text(json.dumps(used._asdict()))
+    (folder / f"rank{ranks.get_rank()}.json").write_text(json.dumps(used._asdict()))
     torch.distributed.barrier()
     engines.destroy(engine)
     ranks.leave()

@@ -22,11 +22,13 @@ from setting import GEMMA_3_270M, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from goat_ds import GoatConfig
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.distributed import ranks
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.decompose import start_adapter
 
 TARGETS = {"cold": 0.30, "cached": 0.02}
@@ -70,9 +72,8 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
     """Time the rival, a cold start and a cached one on this rank, in turn; the first rank gives the rows."""
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=30)
-    filled = filled_ds_config(config, processes)
+    join_ranks(config, timeout_minutes=30)
+    filled = filled_ds_config(config)
     base = engines.load_base(
         str(base_folder), precision=config.precision, attention=engines.Attention.SDPA, engine_config=filled
     )
@@ -82,16 +83,16 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
     ours: dict[str, list[float]] = {name: [] for name in TARGETS}
 
     def start() -> None:
-        start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=cache)
+        start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
 
     for _ in range(repeats):
         rival.append(timed(lambda: decompose_everything(model)))
-        if processes.is_first:
+        if ranks.is_first():
             shutil.rmtree(cache, ignore_errors=True)
         for name in TARGETS:
             ours[name].append(timed(start))
     ranks.leave()
-    return [row(name, ours[name], rival) for name in TARGETS] if processes.is_first else []
+    return [row(name, ours[name], rival) for name in TARGETS] if ranks.is_first() else []
 
 
 def row(name: str, ours: list[float], rival: list[float]) -> results.Row:

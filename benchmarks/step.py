@@ -31,13 +31,14 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 
 from goat_ds import GoatConfig
 from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset
+from goat_ds.distributed import ranks
 from goat_ds.method.routing import BalanceSignal
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.zero import engine as engines
-from goat_ds.zero import ranks
 
 R, NUM_EXPERTS, TOP_K, BALANCE_COEF = 32, 8, 2, 1e-3
 LABEL_SHARE = 0.3
@@ -69,10 +70,9 @@ def main() -> None:
     ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero2.json")])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=30)
+    join_ranks(config, timeout_minutes=30)
     base = random_base(num_layers=arguments.layers, vocabulary=arguments.vocabulary)
-    engine_config = filled_ds_config(config, processes)
+    engine_config = filled_ds_config(config)
     engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET_VALUES
     ways = {name: build(make, base, engine_config) for name, make in WAYS.items()}
     del base

@@ -21,10 +21,10 @@ class ConfigError(GoatError, ValueError):
 
     Attributes:
         problems: The lines.
-        told_everywhere: Whether every rank of the run raises this same error.
+        raised_everywhere: Whether every rank of the run raises this same error.
     """
 
-    told_everywhere = False
+    raised_everywhere = False
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -55,10 +55,10 @@ class ExportError(GoatError, RuntimeError):
     """A checkpoint cannot leave as asked."""
 
 
-def told_everywhere(*problems: str) -> ConfigError:
+def raised_everywhere(*problems: str) -> ConfigError:
     """Give an error that every rank of the run raises alike, so that one of them says it."""
     error = ConfigError(*problems)
-    error.told_everywhere = True
+    error.raised_everywhere = True
     return error
 
 

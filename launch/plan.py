@@ -10,7 +10,7 @@ import warnings
 
 from goat_ds import plan
 from goat_ds.errors import ConfigError, raise_if_any
-from goat_ds.train.config import parse
+from goat_ds.train.cli import parse
 from goat_ds.train.preflight import REQUIRED_TO_PLAN, plan_problems, planner_of
 
 

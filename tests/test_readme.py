@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from goat_ds import GoatConfig
 from goat_ds.plan.skeleton import Kind, Skeleton, build
-from goat_ds.train.config import parse
+from goat_ds.train.cli import parse
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.quantized import Packing
 from tests.launching import REPOSITORY, cpu_environment

@@ -2,7 +2,7 @@
 
     wording.py    how a fact is stated, and how an instruction asks for it
     world.py      a seed -> the world's facts, the text that states them, the instructions that ask for them
-    pretrain.py   that text -> SentencePiece tokenizer and pretrained base (``python -m goat_ds.demo.pretrain``)
+    pretrain.py   that text -> SentencePiece tokenizer and pretrained base (``python -m tools.make_demo.pretrain``)
     base/         the base, a Hugging Face folder of less than 4 MiB
     data/         instructions in Alpaca format; no fact is asked for in both files
     run.yaml      settings of a run that learns them

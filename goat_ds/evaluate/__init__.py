@@ -7,8 +7,8 @@
 Everything that can be wrong and can be known before a weight is read is told at once. One process, one device.
 """
 
+from goat_ds.evaluate.evaluation import evaluate
 from goat_ds.evaluate.report import Report
-from goat_ds.evaluate.run import evaluate
 from goat_ds.evaluate.settings import Dtype, EvalSettings, Metric
 
 __all__ = ["Dtype", "EvalSettings", "Metric", "Report", "evaluate"]

@@ -9,14 +9,14 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from goat_ds.base.authors_code import authors_code, config_as_stored
 from goat_ds.data import load_tokenizer
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.evaluate.settings import Dtype, EvalSettings
 from goat_ds.export import Adapter, find_adapter, read_adapter
+from goat_ds.export.adapter_file import CONFIG_NAME
 from goat_ds.export.base import find_base
-from goat_ds.export.checkpoint import CONFIG_NAME
-from goat_ds.export.fingerprint import check_base
-from goat_ds.tuner.authors_code import authors_code, config_as_stored
+from goat_ds.export.same_base import check_base
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization
 from goat_ds.tuner.config import GoatPeftType
 from goat_ds.tuner.quantized import Packing, check_backend

@@ -1,12 +1,12 @@
 """How a trained model leaves: as a PEFT adapter, exactly as it was trained, or as dense weights near it."""
 
 from goat_ds.export.adapter import export_adapter
-from goat_ds.export.checkpoint import Adapter, find_adapter, read_adapter
+from goat_ds.export.adapter_file import Adapter, find_adapter, read_adapter
 from goat_ds.export.dense import Dense, Fitting, export_dense, export_lora
 from goat_ds.export.dequantize import MergeBase
 from goat_ds.export.exact import export_exact
 from goat_ds.export.fit import Fit
-from goat_ds.export.report import Exported, ExportReport, MergeReport
+from goat_ds.export.merge_report import Exported, ExportReport, MergeReport
 
 __all__ = [
     "Adapter",

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from goat_ds.base.authors_code import authors_code, config_as_stored
 from goat_ds.errors import ExportError
-from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
-from goat_ds.tuner.authors_code import authors_code, config_as_stored
 from goat_ds.tuner.base_quantization import stored_quantization, unreadable
 
 TOKENIZER_PATTERNS = (

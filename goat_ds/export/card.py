@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.dequantize import MergeBase
-from goat_ds.export.report import ExportReport, MergeReport, hub_name
+from goat_ds.export.merge_report import ExportReport, MergeReport, hub_name
 from goat_ds.tuner.base_quantization import BaseQuantization
 
 METHOD = (

@@ -12,8 +12,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from goat_ds.data import MicroBatch, cross_entropy_sum, in_chunks, label_logits, label_targets
-from goat_ds.export import ranks
-from goat_ds.export.tokens import Packs
+from goat_ds.distributed import ranks
+from goat_ds.export.calibration import Packs
 
 
 class Comparison(NamedTuple):

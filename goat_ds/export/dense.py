@@ -18,25 +18,25 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from goat_ds.data.sample import NUM_TOKENS
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, ExportError
-from goat_ds.export import ranks
+from goat_ds.export.adapter_file import Adapter, read_adapter
 from goat_ds.export.base import copy_terms, copy_tokenizer, find_base
+from goat_ds.export.base_tensors import base_tensors, check_fit
+from goat_ds.export.calibration import NamedData, Packs, TokenSource, find_tokens, packs_of
 from goat_ds.export.card import dense_card, lora_card
-from goat_ds.export.checkpoint import Adapter, read_adapter
 from goat_ds.export.compare import Comparison, Reference, compare, take_reference
 from goat_ds.export.dequantize import MergeBase, choose_weights
-from goat_ds.export.fingerprint import check_base
 from goat_ds.export.fit import Fit, LayerFit, fit_layers
 from goat_ds.export.folder import check_new, check_room, new_folder
-from goat_ds.export.layout import base_tensors, check_fit
 from goat_ds.export.merge import DeltaOf, Merge, dense_config, dense_tensors, write_lora
+from goat_ds.export.merge_report import MergeReport, merge_report
 from goat_ds.export.refine import Refined, refine
-from goat_ds.export.report import MergeReport, merge_report
+from goat_ds.export.same_base import check_base
 from goat_ds.export.tensors import plan_shards, write_shards
-from goat_ds.export.tokens import NamedData, Packs, TokenSource, find_tokens, packs_of
 from goat_ds.export.trained import STATIC, TrainedModel, base_model, load_trained
+from goat_ds.method.dense_fit import TOKENS_PER_FEATURE
 from goat_ds.method.spectrum import Factors
-from goat_ds.method.static import TOKENS_PER_FEATURE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +307,10 @@ def _check_enough(adapter: Adapter, packs: Packs, fitting: Fitting) -> None:
             f"{adapter.in_features(widest):,} in features) needs {needed:,} for fit least_squares; name more data with "
             "--calibration, raise --calibration_tokens, or use --fit mean"
         )
-    if len(packs.packs) < ranks.world_size():
+    if len(packs.packs) < ranks.get_world_size():
         raise ConfigError(
-            f"calibration fills {len(packs.packs)} rows, fewer than there are ranks ({ranks.world_size()}); use fewer "
-            "ranks, or more data"
+            f"calibration fills {len(packs.packs)} rows, fewer than there are ranks ({ranks.get_world_size()}); use "
+            "fewer ranks, or more data"
         )
 
 

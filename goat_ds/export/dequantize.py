@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, ExportError
+from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.base import Base
-from goat_ds.export.checkpoint import Adapter
 from goat_ds.export.tensors import StoredTensor
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.quantized import Packing, bitsandbytes, pack, unpack

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from goat_ds.data import label_logits
+from goat_ds.distributed import ranks
 from goat_ds.errors import ExportError
-from goat_ds.export import ranks
-from goat_ds.export.tokens import Packs
+from goat_ds.export.calibration import Packs
 from goat_ds.export.trained import TRAINED, TrainedModel
-from goat_ds.method.static import Moments, fit_static, is_finite, mean_gates_form
+from goat_ds.method.dense_fit import Moments, fit_static, is_finite, mean_gates_form
+from goat_ds.tuner.fit_sums import MOMENTS_BYTES, moments_in_passes
 from goat_ds.tuner.layer import GoatExperts
-from goat_ds.tuner.static import MOMENTS_BYTES, moments_in_passes
 
 
 class Fit(StrEnum):
@@ -34,7 +34,7 @@ class Fit(StrEnum):
 class LayerFit(NamedTuple):
     """Static forms of one layer: ``A'`` in fp32 ``[R, I]``, fitted and with mean gates, and what each misses.
 
-    See ``method.static.StaticFit``.
+    See ``method.dense_fit.StaticFit``.
     """
 
     fitted_RI: Tensor
@@ -58,7 +58,7 @@ def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = MOMENTS_
     for moments in moments_in_passes(experts, partial(_run, trained.model, packs), max_bytes=max_bytes):
         _sum_over_ranks(moments)
         for index, (path, own) in enumerate(moments.items()):
-            fits[path] = _fit(experts[path], own, owner=index % ranks.world_size())
+            fits[path] = _fit(experts[path], own, owner=index % ranks.get_world_size())
             bar.update()
     bar.close()
     return fits
@@ -85,7 +85,7 @@ def _fit(experts: GoatExperts, moments: Moments, *, owner: int) -> LayerFit:
     """Let one rank solve, and give all what it found."""
     forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
     told = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
-    if owner == ranks.world_rank():
+    if owner == ranks.get_rank():
         if not is_finite(moments):
             raise ExportError(f"{experts.name} computes values that are not finite on the calibration tokens")
         found = fit_static(experts.A, experts.scaled_B, moments)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from goat_ds.export.adapter_file import KEY_PREFIX, WEIGHTS_NAME, Adapter
 from goat_ds.export.base import Base
-from goat_ds.export.checkpoint import KEY_PREFIX, WEIGHTS_NAME, Adapter
+from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.dequantize import MergeBase, start_is_packed
-from goat_ds.export.layout import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.tensors import StoredTensor, read_unmapped
+from goat_ds.method.dense_fit import dense_factors, merged
 from goat_ds.method.spectrum import Factors
-from goat_ds.method.static import dense_factors, merged
 
 DeltaOf = Callable[[str], Factors]
 """Gives ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A`` for a layer's path."""

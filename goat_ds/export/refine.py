@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from goat_ds.data import MicroBatch, label_logits
-from goat_ds.export import ranks
+from goat_ds.distributed import ranks
+from goat_ds.export.calibration import Packs
 from goat_ds.export.compare import Comparison, Reference, compare, divergence
-from goat_ds.export.tokens import Packs
 from goat_ds.export.trained import STATIC, TRAINED, TrainedModel
 
 LEARNING_RATE = 2e-3
@@ -75,7 +75,7 @@ def _distil(trained: TrainedModel, packs: Packs, factors: list[nn.Parameter], *,
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps))
     )
     bar = tqdm(total=num_steps, desc="refine", unit="step", disable=not ranks.is_first())
-    chance = torch.Generator().manual_seed(ranks.world_rank())
+    chance = torch.Generator().manual_seed(ranks.get_rank())
     for batch in islice(_rows_for_ever(packs), num_steps):
         kl = _gradients(trained, batch, _others(batch, chance), factors)
         for factor in factors:
@@ -114,6 +114,6 @@ def _gradients(trained: TrainedModel, batch: MicroBatch, others_L: Tensor, facto
         logits_LV = label_logits(model, batch)
         kl = divergence(wanted_LV[:num_labels], logits_LV[:num_labels]) / num_labels
         others = divergence(wanted_LV[num_labels:], logits_LV[num_labels:]) / max(len(others_L), 1)
-        loss: Any = (kl + others) / ranks.world_size()
+        loss: Any = (kl + others) / ranks.get_world_size()
         loss.backward()
     return kl.detach()

@@ -16,11 +16,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from goat_ds.export import ranks
+from goat_ds.distributed import ranks
+from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.base import Base
-from goat_ds.export.checkpoint import Adapter
+from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.dequantize import MergeBase, start_is_packed
-from goat_ds.export.layout import BaseTensor, base_tensors, trained_ties
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Factors, Start
 from goat_ds.tuner.config import GoatConfig, Residual

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from goat_ds.method.dropout import dropout_mask, kept_share
+from goat_ds.method.input_gradient import GradientTogether, Product
 from goat_ds.method.routing import (
     BalanceSignal,
     Gates,
@@ -29,7 +30,6 @@ from goat_ds.method.routing import (
     router_load,
     top_k_gates,
 )
-from goat_ds.method.together import GradientTogether, Product
 
 WIDENED_BYTES = 2**20
 """How much of a half-precision input is copied to fp32 at a time on a CPU: what stays in a core's own cache."""

@@ -12,6 +12,6 @@ No weights are read, and nothing but ``config.json`` is.
 """
 
 from goat_ds.plan.planner import Planner, PlanSettings
-from goat_ds.plan.report import lines
+from goat_ds.plan.summary import lines
 
 __all__ = ["PlanSettings", "Planner", "lines"]

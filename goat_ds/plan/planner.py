@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from goat_ds.plan import start
+from goat_ds.plan import loading
+from goat_ds.plan.loading import Decompositions
 from goat_ds.plan.memory import Memory, Place, Run, in_training
 from goat_ds.plan.skeleton import Skeleton, build
-from goat_ds.plan.start import Decompositions
 from goat_ds.plan.timeline import Timeline, record
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization
 from goat_ds.tuner.config import GoatConfig
@@ -150,11 +150,11 @@ class Planner:
 
     def while_loading(self, world_size: int) -> Memory:
         """Give what each of so many ranks holds at the worst moments of loading."""
-        return start.while_loading(self.loading_phases(world_size))
+        return loading.while_loading(self.loading_phases(world_size))
 
     def loading_phases(self, world_size: int) -> list[Memory]:
         """Give what each of so many ranks holds in each phase of loading."""
-        return start.loading_phases(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
+        return loading.loading_phases(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
 
     def _device_bytes(self, world_size: int) -> int:
         """Give the most a GPU holds, loading or training."""

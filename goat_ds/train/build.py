@@ -8,26 +8,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from goat_ds.errors import told_everywhere
+from goat_ds.distributed.ranks import say
+from goat_ds.errors import raised_everywhere
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.preflight import filled_ds_config, model_name
 from goat_ds.train.resume import allow_or_refuse
-from goat_ds.tuner.static import static_config
+from goat_ds.tuner.fit_sums import static_config
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import engine as engines
 from goat_ds.zero.checkpoint import Checkpoint, stored_experts
 from goat_ds.zero.decompose import start_adapter
-from goat_ds.zero.finish import train_in_units_of_a
+from goat_ds.zero.dense_finish import train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
-from goat_ds.zero.ranks import Ranks, say
 
 
-def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
+def build(config: TrainConfig, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
     """Load the base, start its experts or go on from a checkpoint's, give both to DeepSpeed. A collective."""
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
-        raise told_everywhere(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
-    engine_config = filled_ds_config(config, processes)
+        raise raised_everywhere(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
+    engine_config = filled_ds_config(config)
     base = engines.load_base(
         model_name(config),
         precision=config.precision,
@@ -42,29 +42,28 @@ def build(config: TrainConfig, processes: Ranks, *, num_steps: int, checkpoint: 
     report = start_adapter(
         model,
         engines.ADAPTER_NAME,
-        processes=processes,
         seed=config.seed,
         cache=Path(config.svd_cache),
         recipe=recipe_of(config.quantization(), engine_config=engine_config),
-        stored=stored_experts(checkpoint, processes) if checkpoint else None,
+        stored=stored_experts(checkpoint) if checkpoint else None,
     )
     origin = f"from {checkpoint.folder}" if checkpoint else f"{report.num_cached} from the cache"
-    say(processes, f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
+    say(f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
     if checkpoint:
-        check_same_base(model, config, processes, checkpoint)
+        check_same_base(model, config, checkpoint)
     if (held := measure(model)).num_layers:
-        say(processes, str(held))
+        say(str(held))
     engines.enable_checkpointing(model, config.gradient_checkpointing)
     schedule = schedule_of(config, num_steps=num_steps)
     if is_static:
         train_in_units_of_a(model)
     engine = engines.build_engine(model, engine_config=engine_config, schedule=schedule)
     if checkpoint:
-        checkpoints.restore(engine, checkpoint, processes)
+        checkpoints.restore(engine, checkpoint)
     return engine
 
 
-def check_same_base(model: Any, config: TrainConfig, processes: Ranks, checkpoint: Checkpoint) -> None:
+def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Hold that a run goes on with the base it began with; every rank sees the same.
 
     Raises:
@@ -74,12 +73,12 @@ def check_same_base(model: Any, config: TrainConfig, processes: Ranks, checkpoin
     expected, name = checkpoint.adapter.get("base_fingerprint"), checkpoint.run["settings"]["model"]
     if expected and found != expected:
         change = f"model ({model_name(config)}) has other weights than the base that the run began with; give that base"
-        allow_or_refuse(config, processes, change)
+        allow_or_refuse(config, change)
     elif not expected and config.model != name:
         change = (
             f"model ({config.model}) was {name} when the run began; a base that came in 4 bits is known by its name"
         )
-        allow_or_refuse(config, processes, change)
+        allow_or_refuse(config, change)
 
 
 def schedule_of(config: TrainConfig, *, num_steps: int) -> Callable[[Optimizer], LRScheduler]:

@@ -1,28 +1,18 @@
-"""The settings of a run, from the command line and a YAML file. The one place that reads the environment.
-
-Every field is a flag of the same name. ``--config run.yaml`` holds any of them; the command line wins. A run of the
-embedded demo starts from the demo's own settings.
-"""
+"""The settings of a run, and what can be wrong with their numbers. Every field is a flag of the same name."""
 
 import dataclasses
 import math
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import EnumType, StrEnum
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
-from torch.utils.cpp_extension import get_default_build_root
-from transformers import HfArgumentParser
-
-from goat_ds import demo
 from goat_ds.data import DataFormat
 from goat_ds.data.sample import NUM_TOKENS
-from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.errors import ConfigError
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Start
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -30,7 +20,6 @@ from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import BLOCK_SIZES, Packing
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import DTYPES, Attention, Checkpointing
-from goat_ds.zero.ranks import Ranks
 
 
 class Schedule(StrEnum):
@@ -314,71 +303,6 @@ class TrainConfig:
                 yield from error.problems
 
 
-def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> TrainConfig:
-    """Read the command line and the YAML file it names.
-
-    Args:
-        arguments: Of the command line.
-        required: Settings whose absence is told along with mistakes, unless the embedded demo's are taken.
-
-    Raises:
-        ConfigError: unknown flags or keys, flags that other flags make useless; then wrong numbers as well. Or a value
-            of the wrong type.
-    """
-    config_file = _value_of("config", arguments)
-    content = _read_yaml(Path(config_file)) if config_file else {}
-    given = [*_arguments_of(content, given=arguments), *arguments]
-    config, unknown_flags = _parsed(given)
-    if config.is_demo:
-        config, _ = _parsed([*_arguments_of(_read_yaml(demo.settings()), given=given), *given])
-    unknown_keys = [
-        f"config: {config_file}: {key} is not a setting; see --help" for key in content if key not in _NAMES
-    ]
-    mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
-    # With a timeout that is none, ranks could not even meet to look for more.
-    if mistakes or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
-        raise ConfigError(*mistakes, *config.problems(required=required))
-    return config
-
-
-def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Give the settings, and what is wrong with flags that are none."""
-    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
-    namespace, unknown = parser.parse_known_args(list(arguments))
-    # A word that follows an unknown flag is its value.
-    mistakes = [f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("--")]
-    mistakes = mistakes or [f"{argument} belongs to no flag; see --help" for argument in unknown]
-    config = TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
-    return config, mistakes
-
-
-def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
-    """Say which of the given flags other flags make useless."""
-    theory = config.scaling is Scaling.THEORY
-    if theory and "lora_alpha" in given:
-        yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
-    if not theory and "eta" in given:
-        yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
-    if config.init is Start.ZERO and "rho" in given:
-        yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
-    if config.init is Start.ZERO and "residual" in given and config.residual is Residual.FOLD:
-        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
-    for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
-        if name in given and not config.load_in_4bit:
-            yield f"{name} ({_shown(getattr(config, name))}) has no effect without load_in_4bit; give both or neither"
-    if config.allow_changed and config.resume is None:
-        yield "allow_changed has no effect without resume; give both or neither"
-    if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
-        yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
-
-
-def _shown(value: Any) -> str:
-    """Give a value as it is written on the command line."""
-    if isinstance(value, list):
-        return " ".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
     """Tell names from the one word that is not a name: all-linear, or a regular expression."""
     if (
@@ -388,110 +312,3 @@ def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
     ):
         return values[0]
     return values
-
-
-def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
-    """Turn the text of a choice into its enum member; argparse leaves it as text, even the default."""
-    kinds = [kind for kind in (get_args(setting.type) or (setting.type,)) if isinstance(kind, EnumType)]
-    return kinds[0](value) if kinds and value is not None else value
-
-
-# transformers types its dataclasses in a way that mypy cannot match.
-_DATACLASS: Any = TrainConfig
-_NAMES = frozenset(f.name for f in dataclasses.fields(TrainConfig))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
-
-
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """Give the value of a flag without parsing the others."""
-    value = None
-    for place, argument in enumerate(arguments):
-        if argument == f"--{name}":
-            value = arguments[place + 1] if place + 1 < len(arguments) else None
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-    return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"config ({path}) cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config ({path}) must hold 'name: value' lines")
-    return content
-
-
-def _arguments_of(content: dict[str, Any], *, given: Sequence[str]) -> list[str]:
-    """Turn settings of a YAML file into command-line arguments, without the flags that the command line has itself."""
-    on_command_line = _names_in(given)
-    arguments = []
-    for key, value in content.items():
-        if key in _NAMES and value is not None and key not in on_command_line:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{key}", *map(str, values)]
-    return arguments
-
-
-def _names_in(arguments: Sequence[str]) -> set[str]:
-    """Name the settings that a command line holds."""
-    words = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--"))
-    return {word.removeprefix("no_") for word in words}
-
-
-def ranks_from_environment(config: TrainConfig) -> Ranks:
-    """Say who this process is: as ``deepspeed`` and ``torchrun`` tell it, or alone under plain ``python``.
-
-    Raises:
-        ConfigError: another launcher has started several processes, each of which would train alone.
-    """
-    if "RANK" not in os.environ:
-        raise_if_any(_signs_of_others(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    local_rank = os.environ.get("LOCAL_RANK", config.local_rank)
-    if local_rank is None:
-        raise ConfigError(
-            "local_rank is not given: neither --local_rank nor LOCAL_RANK; start with deepspeed or torchrun"
-        )
-    return Ranks(
-        world_rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), local_rank=int(local_rank)
-    )
-
-
-def first_rank_address() -> str:
-    """Give where the first rank is, as the launcher, or before it ``ranks_from_environment``, has said."""
-    return os.environ["MASTER_ADDR"]
-
-
-def world_rank_from_environment() -> int:
-    """Give this process's place in the run before settings are read; 0 where no launcher has told it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def build_locks() -> list[Path]:
-    """List the files that say that an operator of DeepSpeed's is being compiled, or that such a process was killed.
-
-    torch waits for ever until such a file is gone.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return sorted(path for depth in ("*/lock", "*/*/lock") for path in root.glob(depth))
-
-
-def _signs_of_others(config: TrainConfig) -> Iterator[str]:
-    """Say what shows that this process, which has no RANK, is not the only one."""
-    way_out = "RANK is not set, so each process would train alone; start with deepspeed or torchrun"
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        value = os.environ.get(name, "")
-        if value.isdecimal() and int(value) > 1:
-            yield f"{name} ({value}) says that there are several processes, and {way_out}"
-    if (config.local_rank or 0) > 0:
-        yield f"local_rank ({config.local_rank}) says that there are several processes, and {way_out}"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import TrainingError
-from goat_ds.zero import ranks
 from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.ranks import Ranks
 
 MOST_ZERO_NORMS = 5
 """Steps in a row with a gradient of exactly 0 that end a run: one may have nothing to learn, so many have lost it."""
@@ -20,16 +19,15 @@ MOST_RECORDS = 8
 class Health:
     """Looks at the loss and the gradient norm of every step, which all ranks see alike."""
 
-    def __init__(self, dataset: Dataset, *, processes: Ranks, precision: Precision, suspects: Sequence[str]) -> None:
+    def __init__(self, dataset: Dataset, *, precision: Precision, suspects: Sequence[str]) -> None:
         """Take what messages are made of.
 
         Args:
             dataset: The tokenised training data.
-            processes: Who this process is.
-            precision: Of the run; fp16 skips steps whose gradient is not finite.
+            precision: Of the run.
             suspects: Switches of the ds_config that are on and known to have lost gradients.
         """
-        self._dataset, self._processes, self._precision, self._suspects = dataset, processes, precision, suspects
+        self._dataset, self._precision, self._suspects = dataset, precision, suspects
         self._num_zero = 0
         self._saved_before_zero: Path | None = None
 
@@ -86,7 +84,7 @@ class Health:
 
     def _records(self, step: int, record_ids: Sequence[int]) -> str:
         """Name the records of a step. A collective."""
-        by_rank = ranks.union_over_ranks({str(self._processes.world_rank): list(record_ids)})
+        by_rank = ranks.union_over_ranks({str(ranks.get_rank()): list(record_ids)})
         rows = [row for mine in by_rank.values() for row in mine]
         named = self._dataset.select_columns("origin")[rows[:MOST_RECORDS]]["origin"]
         more = len(rows) - len(named)

@@ -8,28 +8,28 @@ from typing import Any, NamedTuple
 import torch
 
 from goat_ds.data import BatchPlan, StepBatch, batches, eval_batches, label_loss_sum
+from goat_ds.distributed import ranks
+from goat_ds.distributed.ranks import say
 from goat_ds.errors import Interrupted
 from goat_ds.train.build import build
-from goat_ds.train.finish import finish
+from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
 from goat_ds.train.health import Health
+from goat_ds.train.latest_tokens import finish
 from goat_ds.train.metrics import Metrics, StepTotals
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.train.resume import Resumption, check_phase, set_damaged_aside
 from goat_ds.train.saving import RunMemory, save
 from goat_ds.train.signals import Signals
-from goat_ds.train.tokens import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
 from goat_ds.zero import checkpoint as checkpoints
-from goat_ds.zero import ds_config, partition, ranks
+from goat_ds.zero import ds_config, partition
 from goat_ds.zero import engine as engines
 from goat_ds.zero.decompose import seed_of
-from goat_ds.zero.finish import check_enough
-from goat_ds.zero.ranks import Ranks, say
+from goat_ds.zero.dense_finish import check_enough
 
 
 def train(
     resumption: Resumption,
-    processes: Ranks,
     signals: Signals,
     *,
     step_done: Callable[[int], None] = lambda step: None,
@@ -38,7 +38,6 @@ def train(
 
     Args:
         resumption: The settings, and where the run begins.
-        processes: Who this process is.
         signals: What may end it.
         step_done: Called with every step that is done.
 
@@ -48,12 +47,12 @@ def train(
     Raises:
         TrainingError: the run stopped itself; the last checkpoint is whole.
     """
-    course = course_of(resumption, processes)
+    course = course_of(resumption)
     checkpoint, done = resumption.checkpoint, course.memory.steps_done
     if checkpoint and done >= course.num_steps:
-        say(processes, f"resume: all {course.num_steps} steps are done, nothing is left to do")
+        say(f"resume: all {course.num_steps} steps are done, nothing is left to do")
         return checkpoint.folder
-    run = Run(resumption, course, processes)
+    run = Run(resumption, course)
     run.finish_where_it_was_due(checkpoint is not None)
     signals.saves = True
     for step, batch in run.steps():
@@ -86,11 +85,11 @@ class Course(NamedTuple):
     """Writes the sample of the data that checkpoints keep, on the rank that does so."""
 
 
-def course_of(resumption: Resumption, processes: Ranks) -> Course:
+def course_of(resumption: Resumption) -> Course:
     """Read and pack the data, and hold that a checkpoint is of the run that the settings make. A collective."""
     config = resumption.config
-    tokens, heldout = load_all_tokens(config, processes)
-    plan = batch_plan(config, processes, tokens.packed, global_batch_size=resumption.global_batch_size)
+    tokens, heldout = load_all_tokens(config)
+    plan = batch_plan(config, tokens.packed, global_batch_size=resumption.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
     course = Course(
         tokens,
@@ -98,8 +97,8 @@ def course_of(resumption: Resumption, processes: Ranks) -> Course:
         plan,
         num_steps,
         config.finish_after(num_steps),
-        RunMemory(resumption, digest_on_first(tokens.dataset, processes), processes),
-        sample_writer(config, tokens, heldout) if processes.is_first else None,
+        RunMemory(resumption, digest_on_first(tokens.dataset)),
+        sample_writer(config, tokens, heldout) if ranks.is_first() else None,
     )
     if resumption.checkpoint:
         check_phase(config, resumption.checkpoint, course.finish_after)
@@ -117,21 +116,20 @@ class Stepped(NamedTuple):
 class Run:
     """A run with its weights read. Every method is a collective."""
 
-    def __init__(self, resumption: Resumption, course: Course, processes: Ranks) -> None:
+    def __init__(self, resumption: Resumption, course: Course) -> None:
         config, checkpoint = resumption.config, resumption.checkpoint
-        self.config, self.course, self.processes = config, course, processes
+        self.config, self.course = config, course
         self.done = course.memory.steps_done
         self.saved = checkpoint and checkpoint.folder
         """The last checkpoint."""
-        self.engine = build(config, processes, num_steps=course.num_steps, checkpoint=checkpoint)
+        self.engine = build(config, num_steps=course.num_steps, checkpoint=checkpoint)
         if course.finish_after and self.done <= course.finish_after:
             num_tokens = num_tokens_until(course.finish_after, course.plan, course.tokens.dataset)
             check_enough(engines.peft_model(self.engine), num_tokens)
-        checkpoints.check_room(self.engine, config.folder, processes)
-        set_damaged_aside(resumption.damaged, processes)
+        checkpoints.check_room(self.engine, config.folder)
+        set_damaged_aside(resumption.damaged)
         self.metrics = Metrics(
             config.folder,
-            processes=processes,
             num_steps=course.num_steps,
             monitor=self.engine.monitor,
             done=self.done,
@@ -139,11 +137,10 @@ class Run:
         )
         self.health = Health(
             course.tokens.dataset,
-            processes=processes,
             precision=config.precision,
-            suspects=ds_config.untried_zero(filled_ds_config(config, processes)),
+            suspects=ds_config.untried_zero(filled_ds_config(config)),
         )
-        self.batches = batches(course.tokens.dataset, course.plan, world_rank=processes.world_rank)
+        self.batches = batches(course.tokens.dataset, course.plan, world_rank=ranks.get_rank())
 
     def steps(self) -> Iterator[tuple[int, StepBatch]]:
         """Walk over what is left of the run: the step, counted from 1, and its batch."""
@@ -153,10 +150,10 @@ class Run:
     def train_step(self, step: int, batch: StepBatch) -> Stepped:
         """Forward and backward of every micro-batch, and the optimizer's step."""
         # A function of seed, step and rank: it needs no place in a checkpoint, and does not depend on what else drew.
-        torch.manual_seed(seed_of(self.config.seed, f"dropout of rank {self.processes.world_rank} in step {step}"))
+        torch.manual_seed(seed_of(self.config.seed, f"dropout of rank {ranks.get_rank()} in step {step}"))
         engine: Any = self.engine
         tuner: Any = engines.peft_model(engine).base_model
-        num_micro_batches = self.config.grad_accum_steps * self.processes.world_size
+        num_micro_batches = self.config.grad_accum_steps * ranks.get_world_size()
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(engine.device)
             loss = objective(engine, tuner, micro_batch, step_batch=batch, num_micro_batches=num_micro_batches)
@@ -194,7 +191,6 @@ class Run:
                 self.engine,
                 step,
                 self.config,
-                self.processes,
                 run=self.course.memory.after(self.metrics),
                 write_sample=self.course.write_sample,
                 earlier=self.saved,
@@ -215,7 +211,6 @@ class Run:
                 self.batches,
                 step,
                 self.config,
-                self.processes,
                 self.metrics,
                 num_steps=self.course.num_steps,
             )
@@ -230,7 +225,7 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         if self.course.heldout is not None:
-            eval_loss = evaluate(self.engine, self.course.heldout, self.config.micro_batch_size, self.processes)
+            eval_loss = evaluate(self.engine, self.course.heldout, self.config.micro_batch_size)
             self.metrics.record_eval(step, eval_loss=eval_loss)
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -239,7 +234,7 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Tokens, micro_batch_size: int, processes: Ranks) -> float:
+def evaluate(engine: Any, heldout: Tokens, micro_batch_size: int) -> float:
     """Give the mean cross-entropy over the label tokens of the held-out data. A collective."""
     engine.eval()
     lm_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -247,8 +242,8 @@ def evaluate(engine: Any, heldout: Tokens, micro_batch_size: int, processes: Ran
         heldout.dataset,
         heldout.packed.packs,
         micro_batch_size=micro_batch_size,
-        world_rank=processes.world_rank,
-        world_size=processes.world_size,
+        world_rank=ranks.get_rank(),
+        world_size=ranks.get_world_size(),
     ):
         lm_sum += label_loss_sum(engine, micro_batch.to(engine.device))
         partition.end_without_backward(engine)

@@ -19,28 +19,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from goat_ds.data import MicroBatch
+from goat_ds.distributed import ranks
 from goat_ds.method.routing import RouterLoad
 from goat_ds.train.objective import StepLoss
-from goat_ds.zero import ranks
-from goat_ds.zero.ranks import Ranks
 
 
 class Metrics:
     """Gathers a step's numbers over micro-batches and ranks, and writes them on the first rank."""
 
-    def __init__(
-        self, output_dir: Path, *, processes: Ranks, num_steps: int, monitor: Any, done: int = 0, tokens: int = 0
-    ) -> None:
-        self._processes, self._monitor = processes, monitor
+    def __init__(self, output_dir: Path, *, num_steps: int, monitor: Any, done: int = 0, tokens: int = 0) -> None:
+        self._monitor = monitor
         self._tokens = tokens
         self.eval_loss: float | None = None
         """Of the held-out data, after the running step."""
         self._since = time.monotonic()
         self._tokens_since = 0
-        self._bar = tqdm(total=num_steps, initial=done, desc="train", unit="step", disable=not processes.is_first)
+        self._bar = tqdm(total=num_steps, initial=done, desc="train", unit="step", disable=not ranks.is_first())
         self._output_dir = output_dir
         self._files: dict[str, FileIO] = {}
-        if processes.is_first:
+        if ranks.is_first():
             for name in ("metrics", "routers"):
                 _set_redone_aside(output_dir / f"{name}.jsonl", done=done)
         self._begin_step()
@@ -110,7 +107,7 @@ class Metrics:
         line = {"step": step, "eval_loss": eval_loss, "eval_perplexity": math.exp(min(eval_loss, 700.0))}
         self._write("metrics", line)
         self._tell_monitor(step, line)
-        if self._processes.is_first:
+        if ranks.is_first():
             tqdm.write(f"step {step}: eval_loss {eval_loss:.4f}, perplexity {line['eval_perplexity']:.4f}")
         self._since = time.monotonic()
 
@@ -131,7 +128,7 @@ class Metrics:
             file.close()
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        if not self._processes.is_first:
+        if not ranks.is_first():
             return
         # Made with its first line: a run that fails before it leaves its folder empty, to be used again.
         if name not in self._files:
@@ -139,7 +136,7 @@ class Metrics:
         _append(self._files[name], (json.dumps(line) + "\n").encode())
 
     def _tell_monitor(self, step: int, line: Mapping[str, float | None]) -> None:
-        if self._monitor.enabled and self._processes.is_first:
+        if self._monitor.enabled and ranks.is_first():
             events = [(f"train/{name}", value, step) for name, value in line.items() if value is not None]
             self._monitor.write_events([event for event in events if not event[0].endswith("/step")])
 

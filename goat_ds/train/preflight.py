@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from goat_ds import demo
+from goat_ds.base.packing_probe import row_problem
 from goat_ds.data import check_sources, load_tokenizer
-from goat_ds.data.probe import row_problem
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.plan import Planner, PlanSettings
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.train.resume import Resumption
-from goat_ds.zero import ds_config, engine, ranks, sizes
+from goat_ds.zero import ds_config, engine, sizes
 from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.ds_config import EngineSettings, Precision
 from goat_ds.zero.engine import Attention
-from goat_ds.zero.ranks import Ranks
 
 REQUIRED_TO_PLAN = ("model",)
 """Settings that a plan needs, unless it is the embedded demo's."""
@@ -53,14 +53,14 @@ def engine_settings(config: TrainConfig, *, world_size: int, raw: dict[str, Any]
     )
 
 
-def filled_ds_config(config: TrainConfig, processes: Ranks) -> dict[str, Any]:
+def filled_ds_config(config: TrainConfig) -> dict[str, Any]:
     """Give the run's DeepSpeed config with every "auto" filled in; ``problems`` must have found none."""
     assert config.ds_config is not None
     raw, _ = ds_config.read(config.ds_config)
-    return ds_config.fill(raw, engine_settings(config, world_size=processes.world_size, raw=raw))
+    return ds_config.fill(raw, engine_settings(config, world_size=ranks.get_world_size(), raw=raw))
 
 
-def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
+def problems(resumption: Resumption) -> Iterator[str]:
     """Say everything that is wrong, one line each. Reads configs and data, no weights."""
     config = resumption.config
     numbers = list(config.problems())
@@ -68,14 +68,14 @@ def problems(resumption: Resumption, processes: Ranks) -> Iterator[str]:
     yield from resumption.problems
     yield from _folder_problems(config, resumption)
     base = _look_at_base(config)
-    yield from _ds_config_problems(config, world_size=processes.world_size, base_is_4bit=base.is_4bit)
+    yield from _ds_config_problems(config, world_size=ranks.get_world_size(), base_is_4bit=base.is_4bit)
     if config.bnb_4bit_compute_dtype is not None and not base.is_4bit:
         yield (
             f"bnb_4bit_compute_dtype ({config.bnb_4bit_compute_dtype}) has no effect on an unquantised base; use "
             "load_in_4bit, or leave it out"
         )
     for name in ("precision", "bnb_4bit_compute_dtype"):
-        if getattr(config, name) is Precision.FP16 and not ranks.supports_fp16():
+        if getattr(config, name) is Precision.FP16 and not engine.supports_fp16():
             yield f"{name} (fp16) is not supported by this device; use bf16 or fp32"
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
     if config.model or config.is_demo:

@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from goat_ds.errors import ConfigError, told_everywhere
+from goat_ds.distributed import ranks
+from goat_ds.distributed.ranks import say
+from goat_ds.errors import ConfigError, raised_everywhere
 from goat_ds.train.config import AUTO, TrainConfig
-from goat_ds.zero import ranks
 from goat_ds.zero.checkpoint import Candidate, Checkpoint, checkpoint_steps, newest_whole, read_checkpoint
-from goat_ds.zero.ranks import Ranks, say
 
 # What a run may change without becoming another one: places, watching, and how the same arithmetic is done. Data and
 # base are known by content, and the packs of a step are held by themselves.
@@ -45,14 +45,14 @@ class Resumption(NamedTuple):
     """Newer checkpoints that are not whole."""
 
 
-def look(config: TrainConfig, processes: Ranks) -> Resumption:
+def look(config: TrainConfig) -> Resumption:
     """Find out where the run begins. A collective; changes nothing."""
-    size = config.packs_per_step(processes.world_size)
+    size = config.packs_per_step(ranks.get_world_size())
     fresh = Resumption(None, config, config, size, [], [], [])
     if config.resume is None:
         return fresh
     try:
-        checkpoint, damaged = _chosen(config, processes)
+        checkpoint, damaged = _chosen(config)
     except ConfigError as error:
         return fresh._replace(problems=list(error.problems))
     notes = [f"resume: passed over {candidate.folder.name}: {why}" for candidate, why in damaged.items()]
@@ -63,35 +63,35 @@ def look(config: TrainConfig, processes: Ranks) -> Resumption:
     problems = list(changes(config, checkpoint.run["settings"]))
     if config.allow_changed:
         notes, problems = [*notes, *(f"resume: changed: {line}" for line in problems)], []
-    kept, problem, note = _keep_global_batch(config, checkpoint.run, processes)
+    kept, problem, note = _keep_global_batch(config, checkpoint.run)
     problems += [problem] if problem else []
     notes += [note] if note else []
-    per_step = config.micro_batch_size * processes.world_size
+    per_step = config.micro_batch_size * ranks.get_world_size()
     fitted = dataclasses.replace(config, grad_accum_steps=max(1, -(-kept // max(per_step, 1))))
     return Resumption(checkpoint, config, fitted, kept, problems, notes, list(damaged))
 
 
-def _chosen(config: TrainConfig, processes: Ranks) -> tuple[Checkpoint | None, dict[Candidate, str]]:
+def _chosen(config: TrainConfig) -> tuple[Checkpoint | None, dict[Candidate, str]]:
     if config.resume == AUTO:
-        checkpoint, damaged = newest_whole(config.folder, processes)
+        checkpoint, damaged = newest_whole(config.folder)
         if checkpoint is None and damaged:
             told = [f"resume (auto): {candidate.folder.name} is not whole: {why}" for candidate, why in damaged.items()]
             raise ConfigError(*told, f"resume (auto): no checkpoint in {config.folder} is whole; choose another folder")
         return checkpoint, damaged
-    return _named(Path(str(config.resume)), config.folder, processes), {}
+    return _named(Path(str(config.resume)), config.folder), {}
 
 
-def _named(folder: Path, output_dir: Path, processes: Ranks) -> Checkpoint:
+def _named(folder: Path, output_dir: Path) -> Checkpoint:
     """Read the checkpoint that was asked for, from the first rank that has it. A collective."""
-    has_it = {str(processes.world_rank): processes.world_rank} if folder.is_dir() else {}
+    has_it = {str(ranks.get_rank()): ranks.get_rank()} if folder.is_dir() else {}
     readers = ranks.union_over_ranks(has_it)
     if not readers:
         raise ConfigError(f"resume ({folder}) is no folder; give that of a checkpoint, or auto")
     try:
-        checkpoint = read_checkpoint(folder, reader=min(readers.values()), processes=processes)
+        checkpoint = read_checkpoint(folder, reader=min(readers.values()))
     except ConfigError as error:
         raise ConfigError(*(f"resume: {line}" for line in error.problems)) from error
-    steps = ranks.union_over_ranks({str(processes.world_rank): checkpoint_steps(output_dir)})
+    steps = ranks.union_over_ranks({str(ranks.get_rank()): checkpoint_steps(output_dir)})
     later = sorted({step for found in steps.values() for step in found if step > checkpoint.step})
     if later:
         raise ConfigError(
@@ -117,40 +117,38 @@ def changes(config: TrainConfig, settings: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _keep_global_batch(
-    config: TrainConfig, run: Mapping[str, Any], processes: Ranks
-) -> tuple[int, str | None, str | None]:
+def _keep_global_batch(config: TrainConfig, run: Mapping[str, Any]) -> tuple[int, str | None, str | None]:
     """Give the packs of a step, what is wrong with the flags that say another number, and what to say."""
     kept, settings = int(run["global_batch_size"]), run["settings"]
-    per_step = config.micro_batch_size * processes.world_size
-    size = config.packs_per_step(processes.world_size)
+    per_step = config.micro_batch_size * ranks.get_world_size()
+    size = config.packs_per_step(ranks.get_world_size())
     if size == kept or per_step < 1:
         return kept, None, None
     fitting = -(-kept // per_step)
     if all(settings[name] == getattr(config, name) for name in ("micro_batch_size", "grad_accum_steps")):
         if fitting == config.grad_accum_steps:
             return kept, None, None
-        note = f"resume: a step keeps its {kept} packs: grad_accum_steps is {fitting} on {processes.world_size} ranks"
+        note = f"resume: a step keeps its {kept} packs: grad_accum_steps is {fitting} on {ranks.get_world_size()} ranks"
         return kept, None, note
     problem = (
         f"grad_accum_steps ({config.grad_accum_steps}) x micro_batch_size ({config.micro_batch_size}) x ranks "
-        f"({processes.world_size}) makes a step of {size} packs, and the run has steps of {kept}; use grad_accum_steps "
-        f"{fitting}: the packs of a step say which records have been seen"
+        f"({ranks.get_world_size()}) makes a step of {size} packs, and the run has steps of {kept}; use "
+        f"grad_accum_steps {fitting}: the packs of a step say which records have been seen"
     )
     return kept, (None if fitting == config.grad_accum_steps else problem), None
 
 
-def set_damaged_aside(damaged: list[Candidate], processes: Ranks) -> None:
+def set_damaged_aside(damaged: list[Candidate]) -> None:
     """Rename checkpoints that are not whole, because the run will write theirs again. A collective."""
 
     def rename() -> None:
         for candidate in damaged:
-            if candidate.world_rank == processes.world_rank:
+            if candidate.world_rank == ranks.get_rank():
                 # On a disk that nodes share, each of them has found it.
                 with suppress(FileNotFoundError):
                     candidate.folder.rename(_free_name(candidate.folder))
 
-    ranks.together(rename)
+    ranks.agree(rename)
 
 
 def _free_name(folder: Path) -> Path:
@@ -158,15 +156,15 @@ def _free_name(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def allow_or_refuse(config: TrainConfig, processes: Ranks, change: str) -> None:
+def allow_or_refuse(config: TrainConfig, change: str) -> None:
     """Say what has changed since the run began, which every rank sees alike, or refuse it.
 
     Raises:
         ConfigError: ``allow_changed`` is not given.
     """
     if not config.allow_changed:
-        raise told_everywhere(f"{change}, or give --allow_changed")
-    say(processes, f"resume: changed: {change}")
+        raise raised_everywhere(f"{change}, or give --allow_changed")
+    say(f"resume: changed: {change}")
 
 
 def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int | None) -> None:
@@ -178,7 +176,7 @@ def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int |
     is_dense = finish_after is not None and checkpoint.step > finish_after
     if is_dense == checkpoint.is_routed:
         found, wanted = ("routed", "dense") if is_dense else ("dense", "routed")
-        raise told_everywhere(
+        raise raised_everywhere(
             f"dense_finish ({config.dense_finish}) makes the run {wanted} after step {checkpoint.step}, and "
             f"{checkpoint.folder} is {found}; finish after the step where it was finished, or after the checkpoint's"
         )

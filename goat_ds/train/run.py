@@ -9,26 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from goat_ds import plan
+from goat_ds.distributed import nodes, ranks
+from goat_ds.distributed.lock import locked
+from goat_ds.distributed.ranks import say
+from goat_ds.distributed.watch import Watch, watching
 from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
-from goat_ds.train.config import (
-    TrainConfig,
-    build_locks,
-    first_rank_address,
-    parse,
-    ranks_from_environment,
-    world_rank_from_environment,
-)
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.data import Tokens, digest_on_first, load_all_tokens
+from goat_ds.train.environment import build_locks, first_rank_address, settle_ranks, world_rank_from_environment
 from goat_ds.train.loop import train
 from goat_ds.train.preflight import planner_of, problems
 from goat_ds.train.resume import look
 from goat_ds.train.saving import RunMemory
 from goat_ds.train.signals import INTERRUPTED, Signals
-from goat_ds.train.tokens import Tokens, digest_on_first, load_all_tokens
 from goat_ds.zero import checkpoint as checkpoints
-from goat_ds.zero import ds_config, nodes, ranks
-from goat_ds.zero.lock import locked
-from goat_ds.zero.ranks import Ranks, say
-from goat_ds.zero.watch import Watch, watching
+from goat_ds.zero import ds_config, engine
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,16 +38,16 @@ def main(arguments: Sequence[str]) -> None:
     signals.listen()
     try:
         config = parse(arguments)
-        processes = ranks_from_environment(config)
-        if processes.is_first_on_node:
+        settle_ranks(config)
+        if ranks.is_first_on_node():
             _tell_of_build_locks()
-        ranks.join(processes, timeout_minutes=config.timeout_minutes)
+        engine.join(timeout_minutes=config.timeout_minutes)
         joined = True
-        with watching(processes, address=first_rank_address(), timeout_minutes=config.timeout_minutes) as watch:
-            _check_and_train(config, processes, signals, watch)
+        with watching(address=first_rank_address(), timeout_minutes=config.timeout_minutes) as watch:
+            _check_and_train(config, signals, watch)
     except ConfigError as error:
         # Every rank sees the same command line; what only one rank has found, that one must say.
-        if world_rank == 0 or (joined and not error.told_everywhere):
+        if world_rank == 0 or (joined and not error.raised_everywhere):
             print(f"\n{error}\n", file=sys.stderr)
         _end(2, world_rank)
     except Interrupted as error:
@@ -68,32 +64,32 @@ def main(arguments: Sequence[str]) -> None:
     ranks.leave()
 
 
-def _check_and_train(config: TrainConfig, processes: Ranks, signals: Signals, watch: Watch) -> None:
-    resumption = look(config, processes)
+def _check_and_train(config: TrainConfig, signals: Signals, watch: Watch) -> None:
+    resumption = look(config)
     # Files are read by one process a node; what it finds ends all of them.
-    ranks.together(lambda: raise_if_any(problems(resumption, processes)) if processes.is_first_on_node else None)
+    ranks.agree(lambda: raise_if_any(problems(resumption)) if ranks.is_first_on_node() else None)
     raw, _ = ds_config.read(str(config.ds_config))
-    sizes = nodes.ranks_per_node(processes)
+    sizes = nodes.ranks_per_node()
     doubts = [*ds_config.warnings(raw), *ds_config.hpz_warnings(raw, sizes)]
-    say(processes, *(f"warning: {line}" for line in doubts), *resumption.notes)
+    say(*(f"warning: {line}" for line in doubts), *resumption.notes)
     if config.dry_run:
-        tokens, _ = load_all_tokens(config, processes)
-        RunMemory(resumption, digest_on_first(tokens.dataset, processes), processes)
-        ranks.together(lambda: say(processes, *_plan(config, processes, tokens)) if processes.is_first else None)
-        say(processes, "dry run: nothing is wrong that can be known before weights are read")
+        tokens, _ = load_all_tokens(config)
+        RunMemory(resumption, digest_on_first(tokens.dataset))
+        ranks.agree(lambda: say(*_plan(config, tokens)) if ranks.is_first() else None)
+        say("dry run: nothing is wrong that can be known before weights are read")
         return
-    ranks.together(lambda: config.folder.mkdir(parents=True, exist_ok=True) if processes.is_first else None)
-    if len(sizes) > 1 and not nodes.is_shared(config.folder, processes):
-        say(processes, f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
-    with locked(config.folder, processes, timeout_minutes=config.timeout_minutes):
-        ranks.together(lambda: checkpoints.sweep(config.folder) if processes.is_first else None)
-        saved = train(resumption, processes, signals, step_done=watch.step_done)
-    say(processes, f"saved {saved}")
+    ranks.agree(lambda: config.folder.mkdir(parents=True, exist_ok=True) if ranks.is_first() else None)
+    if len(sizes) > 1 and not nodes.is_shared(config.folder):
+        say(f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
+    with locked(config.folder, timeout_minutes=config.timeout_minutes):
+        ranks.agree(lambda: checkpoints.sweep(config.folder) if ranks.is_first() else None)
+        saved = train(resumption, signals, step_done=watch.step_done)
+    say(f"saved {saved}")
 
 
-def _plan(config: TrainConfig, processes: Ranks, tokens: Tokens) -> Iterator[str]:
+def _plan(config: TrainConfig, tokens: Tokens) -> Iterator[str]:
     num_labels = config.micro_batch_size * max(tokens.packed.num_labels)
-    yield from plan.lines(planner_of(config, world_size=processes.world_size, num_labels=num_labels))
+    yield from plan.lines(planner_of(config, world_size=ranks.get_world_size(), num_labels=num_labels))
 
 
 def _tell_of_build_locks() -> None:

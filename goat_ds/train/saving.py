@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goat_ds.distributed import ranks
+from goat_ds.distributed.ranks import say
 from goat_ds.errors import SaveError
 from goat_ds.train.config import OnSaveError, TrainConfig
 from goat_ds.train.health import last_checkpoint
@@ -11,13 +13,12 @@ from goat_ds.train.metrics import Metrics
 from goat_ds.train.preflight import train_sources
 from goat_ds.train.resume import Resumption, allow_or_refuse, settings_of
 from goat_ds.zero import checkpoint as checkpoints
-from goat_ds.zero.ranks import Ranks, say
 
 
 class RunMemory:
     """What a run writes into its checkpoints to find itself again, and what it found there."""
 
-    def __init__(self, resumption: Resumption, data_digest: str, processes: Ranks) -> None:
+    def __init__(self, resumption: Resumption, data_digest: str) -> None:
         checkpoint = resumption.checkpoint
         found: dict[str, Any] = checkpoint.run if checkpoint else {"tokens": 0, "data_sha256": data_digest}
         self.steps_done = checkpoint.step if checkpoint else 0
@@ -31,7 +32,6 @@ class RunMemory:
         if found["data_sha256"] != data_digest:
             allow_or_refuse(
                 resumption.config,
-                processes,
                 f"data ({', '.join(train_sources(resumption.config))}) is not what the run was trained on before; give "
                 "the same records in the same order",
             )
@@ -45,7 +45,6 @@ def save(
     engine: Any,
     step: int,
     config: TrainConfig,
-    processes: Ranks,
     *,
     run: dict[str, Any],
     write_sample: Callable[[Path], None] | None,
@@ -59,26 +58,26 @@ def save(
     """
     try:
         saved = checkpoints.save_checkpoint(
-            engine, output_dir=config.folder, step=step, processes=processes, run=run, write_beside=write_sample
+            engine, output_dir=config.folder, step=step, run=run, write_beside=write_sample
         )
     except SaveError as error:
         told = f"{error}; {last_checkpoint(earlier)}"
         if must_succeed or config.on_save_error is OnSaveError.STOP:
             raise SaveError(f"{told}; make room there, then --resume auto goes on from it") from error
-        say(processes, f"warning: {told}; going on without (on_save_error continue)")
+        say(f"warning: {told}; going on without (on_save_error continue)")
         return earlier
-    remove_surplus(config, processes)
+    remove_surplus(config)
     return saved
 
 
-def remove_surplus(config: TrainConfig, processes: Ranks) -> None:
+def remove_surplus(config: TrainConfig) -> None:
     """Delete the checkpoints that save_total_limit does not keep.
 
     Kept are the newest, the one with the best eval_loss, and the last routed one before a dense finish.
     """
-    if config.save_total_limit and processes.is_first:
+    if config.save_total_limit and ranks.is_first():
         try:
             checkpoints.keep_newest(config.folder, config.save_total_limit)
         except OSError as error:
             # The new one is there: what cannot be deleted is no reason to end a run.
-            say(processes, f"warning: save_total_limit ({config.save_total_limit}) could not delete: {error}")
+            say(f"warning: save_total_limit ({config.save_total_limit}) could not delete: {error}")

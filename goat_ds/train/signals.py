@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from goat_ds.zero import ranks
+from goat_ds.distributed import ranks
 
 INTERRUPTED = 75
 """Exit code of a run that a signal has ended and that can be started again (EX_TEMPFAIL of sysexits.h)."""

@@ -57,7 +57,7 @@ class GoatConfig(PeftConfig):
         base_quantization: How the base was quantised that the adapter was trained on, as
             ``quantized.BaseQuantization`` writes it; None: not at all. Recorded when experts start.
         routed: False once the mixture was replaced by its static form, in which ``A`` serves every token without a
-            router (``method.static``): such an adapter is dense. It can be loaded but not started.
+            router (``method.dense_fit``): such an adapter is dense. It can be loaded but not started.
         base_fingerprint: The content of that base, as ``fingerprint.BaseFingerprint`` has it; None: unknown, as where
             it was stored in 4 bits. Recorded when experts start.
         deferred: Leave the factors empty when the layers are made, because they come from an adapter file or from

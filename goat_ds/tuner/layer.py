@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, MergeError
+from goat_ds.method.input_gradient import GradientTogether, gradient_together
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal
 from goat_ds.method.scaling import adaptive_scales, expert_scale
@@ -25,7 +26,6 @@ from goat_ds.method.spectrum import (
     factors_from,
     zero_start,
 )
-from goat_ds.method.together import GradientTogether, gradient_together
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, weight_of_4bit
 
@@ -137,7 +137,7 @@ class GoatExperts(nn.Module):
         """Let the router go; ``A`` must be given its static form.
 
         Args:
-            config: The ``tuner.static.static_config`` of the adapter's own, the same object for all its layers.
+            config: The ``tuner.fit_sums.static_config`` of the adapter's own, the same object for all its layers.
         """
         self.router, self.config = None, config
 

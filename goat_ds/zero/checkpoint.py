@@ -25,14 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from goat_ds.errors import ConfigError, SaveError, told_everywhere
+from goat_ds.distributed import ranks
+from goat_ds.errors import ConfigError, SaveError, raised_everywhere
 from goat_ds.manifest import damages, write_manifest
 from goat_ds.tuner.model import named_experts
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.decompose import StoredExperts
 from goat_ds.zero.engine import ADAPTER_NAME, peft_model, resume_schedule
 from goat_ds.zero.optimizer_state import MOMENTS, TensorState, read_state, write_state
-from goat_ds.zero.ranks import Ranks
 
 ADAPTER_FOLDER = "adapter"
 RUN_NAME = "run.json"
@@ -87,7 +87,6 @@ def save_checkpoint(
     *,
     output_dir: Path,
     step: int,
-    processes: Ranks,
     run: Mapping[str, Any] | None = None,
     write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -99,7 +98,6 @@ def save_checkpoint(
         engine: Between two steps.
         output_dir: Folder of the run.
         step: Of the run.
-        processes: Who this process is; the first writes.
         run: What the run has to remember, as JSON.
         write_beside: Writes into the checkpoint's folder what belongs beside the adapter; the first rank's counts.
 
@@ -109,7 +107,7 @@ def save_checkpoint(
     Raises:
         SaveError: it could not be written; whatever was in ``output_dir`` before is still there.
     """
-    writer = _Writer(checkpoint_folder(output_dir, step)) if processes.is_first else None
+    writer = _Writer(checkpoint_folder(output_dir, step)) if ranks.is_first() else None
     if writer:
         writer.attempt(lambda: writer.begin(bytes_needed(engine)))
     num_adam_steps = 0
@@ -122,7 +120,7 @@ def save_checkpoint(
     if writer:
         about = {"format": FORMAT, "step": step, "engine": _counters(engine, num_adam_steps), "run": dict(run or {})}
         writer.attempt(lambda: writer.finish(engine, tensors, about, write_beside))
-    problem = ranks.from_first(writer and writer.problem)
+    problem = ranks.object_from(0, writer and writer.problem)
     if problem is not None:
         raise SaveError(f"checkpoint-{step} was not written to {output_dir}: {problem}")
     return checkpoint_folder(output_dir, step)
@@ -139,23 +137,23 @@ def bytes_needed(engine: DeepSpeedEngine) -> int:
     return adapter + state + SMALL_BYTES
 
 
-def check_room(engine: DeepSpeedEngine, output_dir: Path, processes: Ranks) -> None:
+def check_room(engine: DeepSpeedEngine, output_dir: Path) -> None:
     """See whether the disk has room for a checkpoint, before steps are trained that could not be saved. A collective.
 
     Raises:
         ConfigError: it has not, or the folder cannot be written to.
     """
     problem = None
-    if processes.is_first:
+    if ranks.is_first():
         try:
             _require_room(output_dir, bytes_needed(engine))
             (output_dir / ".writable").touch()
             (output_dir / ".writable").unlink()
         except OSError as error:
             problem = f"output_dir ({output_dir}) cannot take a checkpoint: {error.strerror}; choose another folder"
-    problem = ranks.from_first(problem)
+    problem = ranks.object_from(0, problem)
     if problem is not None:
-        raise told_everywhere(problem)
+        raise raised_everywhere(problem)
 
 
 def _require_room(folder: Path, needed: int) -> None:
@@ -334,28 +332,28 @@ class Found(NamedTuple):
     damaged: dict[Candidate, str]
 
 
-def newest_whole(output_dir: Path, processes: Ranks) -> Found:
+def newest_whole(output_dir: Path) -> Found:
     """Find the newest checkpoint of a run that is whole, on whatever node it lies. A collective."""
-    mine = checkpoint_steps(output_dir) if processes.is_first_on_node else []
-    here = {f"{processes.world_rank} {step}": (step, processes.world_rank) for step in mine}
+    mine = checkpoint_steps(output_dir) if ranks.is_first_on_node() else []
+    here = {f"{ranks.get_rank()} {step}": (step, ranks.get_rank()) for step in mine}
     everywhere = sorted(ranks.union_over_ranks(here).values(), key=lambda found: (-found[0], found[1]))
     damaged: dict[Candidate, str] = {}
     for step, world_rank in everywhere:
         candidate = Candidate(step, world_rank, checkpoint_folder(output_dir, step))
         try:
-            return Found(read_checkpoint(candidate.folder, reader=world_rank, processes=processes), damaged)
+            return Found(read_checkpoint(candidate.folder, reader=world_rank), damaged)
         except ConfigError as error:
             damaged[candidate] = "; ".join(error.problems)
     return Found(None, damaged)
 
 
-def read_checkpoint(folder: Path, *, reader: int, processes: Ranks) -> Checkpoint:
+def read_checkpoint(folder: Path, *, reader: int) -> Checkpoint:
     """Read what every rank has to know of a checkpoint, and hold it against its manifest. A collective.
 
     Raises:
         ConfigError: it is not whole, or is none: one line a problem, the same on every rank.
     """
-    return ranks.together_from(reader, lambda: _read(folder, reader))
+    return ranks.agree_from(reader, lambda: _read(folder, reader))
 
 
 def _read(folder: Path, reader: int) -> Checkpoint:
@@ -401,23 +399,22 @@ def _is_trained(name: str) -> bool:
     return name.rpartition("goat_")[2] in ("A", "B", "router")
 
 
-def stored_experts(checkpoint: Checkpoint, processes: Ranks) -> StoredExperts:
+def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
     """Give the adapter's tensors to the rank that reads, to start experts from. A collective."""
     path = checkpoint.folder / ADAPTER_FOLDER / "adapter_model.safetensors"
-    here = processes.world_rank == checkpoint.reader
-    return StoredExperts(checkpoint.reader, ranks.together(lambda: load_file(path) if here else None))
+    here = ranks.get_rank() == checkpoint.reader
+    return StoredExperts(checkpoint.reader, ranks.agree(lambda: load_file(path) if here else None))
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, processes: Ranks) -> None:
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """Give a new engine the state of the one that wrote a checkpoint. A collective.
 
     Args:
         engine: Trains the tensors of the checkpoint, under whatever stage and on whatever number of ranks.
         checkpoint: Whole.
-        processes: Who this process is.
     """
-    here = processes.world_rank == checkpoint.reader
+    here = ranks.get_rank() == checkpoint.reader
     num_steps = int(checkpoint.engine["adam_steps"])
     read = _StateReader(checkpoint.folder) if here else None
     for name, parameter in _trained(engine):

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from goat_ds.distributed import ranks
 from goat_ds.method.spectrum import Directions
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint, sample_layer
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
-from goat_ds.zero import partition, quantize, ranks
+from goat_ds.zero import partition, quantize
 from goat_ds.zero.quantize import Recipe
-from goat_ds.zero.ranks import Ranks
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
 CACHE_VERSION = 2
@@ -108,7 +108,6 @@ def start_adapter(
     model: Any,
     adapter_name: str,
     *,
-    processes: Ranks,
     seed: int,
     cache: Path | None,
     recipe: Recipe | None = None,
@@ -123,7 +122,6 @@ def start_adapter(
     Args:
         model: A PEFT model with a deferred GOAT adapter, not yet given to the DeepSpeed engine.
         adapter_name: Which adapter.
-        processes: Who this process is.
         seed: Of the random parts.
         cache: Folder that remembers decompositions by content; any number of processes may share it. None: no cache.
         recipe: How the linear layers become 4-bit, adapted or not; None leaves the base as it is.
@@ -134,17 +132,17 @@ def start_adapter(
     costs = {work.path: _cost(work) for work in works}
     samples: dict[str, LayerSample] = {}
     cached = own = 0.0
-    bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not processes.is_first)
-    for wave in waves(works, world_size=processes.world_size):
-        received = _receive_mine(wave, processes)
-        known = _fill_from_stored(wave, stored, processes) if stored else None
+    bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not ranks.is_first())
+    for wave in waves(works, world_size=ranks.get_world_size()):
+        received = _receive_mine(wave)
+        known = _fill_from_stored(wave, stored) if stored else None
         # A rank that fails here would leave the others waiting for its factors.
-        mine = ranks.together(partial(_start_values, received, known, seed=seed, cache=cache))
+        mine = ranks.agree(partial(_start_values, received, known, seed=seed, cache=cache))
         # The next wave brings the next weight; a rank never holds two.
         del received
         cached += mine is not None and mine.from_cache
         for work, owner in wave:
-            here = owner == processes.world_rank
+            here = owner == ranks.get_rank()
             own += costs[work.path] * here
             if here and mine is not None and mine.sample is not None:
                 samples[work.path] = mine.sample
@@ -205,13 +203,13 @@ def _cost(work: Work) -> float:
     return out_features * in_features * (min(out_features, in_features) if decomposes else 1)
 
 
-def _receive_mine(wave: list[Assignment], processes: Ranks) -> Received | None:
+def _receive_mine(wave: list[Assignment]) -> Received | None:
     """Give the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
     mine = None
     for work, owner in wave:
         weight: Any = work.base.weight
         whole = partition.whole_on(owner, weight) if _needs_weight(work) else None
-        if owner == processes.world_rank:
+        if owner == ranks.get_rank():
             mine = Received(work, None if whole is None else _matrix_OI(work.base, whole))
     return mine
 
@@ -228,13 +226,13 @@ def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _fill_from_stored(wave: list[Assignment], stored: StoredExperts, processes: Ranks) -> list[Tensor] | None:
+def _fill_from_stored(wave: list[Assignment], stored: StoredExperts) -> list[Tensor] | None:
     """Fill the experts of a wave; give those of this rank's layer, whole. A collective."""
     mine = None
     for work, owner in wave:
         if work.item is not None:
             values = partition.fill_from(stored.reader, list(work.item.experts.parameters()), stored.of(work.item))
-            mine = values if owner == processes.world_rank else mine
+            mine = values if owner == ranks.get_rank() else mine
     return mine
 
 

@@ -1,24 +1,27 @@
 """From a base model on disk to a DeepSpeed engine that trains GOAT experts on it."""
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from goat_ds.base.authors_code import authors_code, config_as_stored
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
-from goat_ds.tuner.authors_code import authors_code, config_as_stored
 from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization, unreadable
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
-from goat_ds.zero import ds_config, partition, quantize, ranks, recompute
+from goat_ds.zero import ds_config, partition, quantize, recompute
 from goat_ds.zero.ds_config import Precision
 
 ADAPTER_NAME = "default"
@@ -40,6 +43,27 @@ class Checkpointing(StrEnum):
     NONE = "none"
     REENTRANT = "reentrant"
     NON_REENTRANT = "non_reentrant"
+
+
+def join(*, timeout_minutes: float) -> None:
+    """Join the process group of a run on DeepSpeed's accelerator. A collective: returns when every rank has entered.
+
+    The launcher's environment says who this process is and where the others are.
+
+    Args:
+        timeout_minutes: Within which a rank that stops answering shall end the run; a collective waits a little longer,
+            for what ``distributed.heartbeat`` has to say.
+    """
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(ranks.get_local_rank())
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False, timeout=timedelta(minutes=1.1 * timeout_minutes + 0.2), verbose=False
+    )
+
+
+def supports_fp16() -> bool:
+    """Whether the accelerator computes in fp16."""
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def choose_attention(wanted: Attention, *, precision: Precision) -> Attention:

@@ -20,7 +20,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from goat_ds.zero import partition, ranks
+from goat_ds.distributed import ranks
+from goat_ds.zero import partition
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from goat_ds.zero import ranks
+from goat_ds.distributed import ranks
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.tuner.base_quantization import (
     BaseQuantization,
@@ -34,7 +35,7 @@ from goat_ds.tuner.base_quantization import (
 )
 from goat_ds.tuner.model import linear_shape
 from goat_ds.tuner.quantized import QuantizedLinear, from_bitsandbytes, is_4bit
-from goat_ds.zero import ds_config, partition, ranks
+from goat_ds.zero import ds_config, partition
 from goat_ds.zero.partition import Cut
 
 FILE_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -183,7 +184,7 @@ def load_mapped(
     base: Any = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **place
     )
-    if not ranks.same_everywhere(_fingerprint(base)):
+    if not ranks.is_same_everywhere(_fingerprint(base)):
         raise ConfigError(f"model ({model}) is not the same on every node; copy the same files to all")
     cut = partition.cutter(engine_config, stage=ds_config.stage(engine_config))
     if quantization is None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from goat_ds.demo import base_path, heldout_data
-from goat_ds.demo.pretrain import cloze_accuracy, train_tokenizer
-from goat_ds.demo.world import SEED, make_facts, write_documents
+from tools.make_demo.pretrain import cloze_accuracy, train_tokenizer
+from tools.make_demo.world import SEED, make_facts, write_documents
 
 MIB = 2**20
 

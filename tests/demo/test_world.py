@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from goat_ds.demo import heldout_data, train_data
-from goat_ds.demo.wording import STATEMENTS, Task
-from goat_ds.demo.world import make_facts, make_records, split_facts, write_documents, write_records
+from tools.make_demo.wording import STATEMENTS, Task
+from tools.make_demo.world import make_facts, make_records, split_facts, write_documents, write_records
 
 
 def read(path: Path) -> list[dict[str, str]]:

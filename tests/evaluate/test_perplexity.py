@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from goat_ds.data import load_records
+from goat_ds.evaluate.evaluation import lay_out
 from goat_ds.evaluate.perplexity import Perplexity, perplexity
-from goat_ds.evaluate.run import lay_out
 from tests.evaluate.conftest import LEARNED, alpaca, write_model
 
 

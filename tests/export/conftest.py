@@ -27,10 +27,10 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds import GoatConfig
 from goat_ds.tuner.base_quantization import layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint
+from goat_ds.tuner.fit_sums import static_config
 from goat_ds.tuner.layer import GoatLayer
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack
-from goat_ds.tuner.static import static_config
 from tests.models import CAUSAL_LMS, LLAMA_LIKE
 
 ARCHITECTURES = CAUSAL_LMS | {

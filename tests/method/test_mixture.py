@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from goat_ds.method.dropout import dropout_mask, kept_share
+from goat_ds.method.input_gradient import GradientTogether, gradient_together
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
-from goat_ds.method.together import GradientTogether, gradient_together
 from tests import reference
 
 NUM_TOKENS, IN, OUT, R = 7, 10, 6, 4

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from goat_ds.plan import Planner
-from goat_ds.train.config import TrainConfig, parse
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
 from goat_ds.train.preflight import planner_of
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS

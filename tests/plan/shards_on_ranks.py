@@ -5,23 +5,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from goat_ds.distributed import ranks
 from goat_ds.plan.memory import Run, checkpoint_bytes, optimizer, weights
 from goat_ds.train.build import build
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import planner_of
 from goat_ds.zero import engine as engines
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import save_checkpoint
 
 
 def main(ds_config: str, folder: str, *flags: str) -> None:
     config = parse(["--ds_config", ds_config, "--output_dir", folder, "--svd_cache", f"{folder}/svd", *flags])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=5)
+    join_ranks(config, timeout_minutes=5)
     Path(folder).mkdir(exist_ok=True)
-    planner = planner_of(config, world_size=processes.world_size)
-    parts = planned(planner.run(processes.world_size))
-    engine = build(config, processes, num_steps=100)
+    planner = planner_of(config, world_size=ranks.get_world_size())
+    parts = planned(planner.run(ranks.get_world_size()))
+    engine = build(config, num_steps=100)
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
     found = {
@@ -30,7 +31,7 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
         "gradients": sharded.grad_partitions_flat_buffer.nbytes,
         "bucket": sum(bucket.buffer.nbytes for bucket in sharded.ipg_buckets.values()),
     }
-    saved = save_checkpoint(engine, output_dir=Path(folder), step=0, processes=processes)
+    saved = save_checkpoint(engine, output_dir=Path(folder), step=0)
     files = saved.rglob("*.safetensors")
     on_disk = sum(path.stat().st_size for path in files)
     print(json.dumps({"planned": parts, "found": found, "checkpoint": [checkpoint_bytes(planner.skeleton), on_disk]}))

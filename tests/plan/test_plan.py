@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from goat_ds import GoatConfig, plan
 from goat_ds.errors import ConfigError
-from goat_ds.plan import start
+from goat_ds.plan import loading
 from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Memory, Part, Place, checkpoint_bytes
 from goat_ds.plan.planner import GPU_GIB, Planner
@@ -123,7 +123,7 @@ def test_loading_counts_the_worst_moment_of_either_place() -> None:
         Memory((Part("adapter", 1, Place.DEVICE), worst_host)),
         Memory((worst_device, Part("adapter", 1, Place.HOST))),
     ]
-    assert set(start.while_loading(phases).parts) == {worst_device, worst_host}
+    assert set(loading.while_loading(phases).parts) == {worst_device, worst_host}
 
 
 def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight(
@@ -135,7 +135,7 @@ def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight
         tried.append(tuple(weight_OI.shape))
         return 5.0 if len(tried) == 1 else 1.0
 
-    monkeypatch.setattr(start, "_seconds_of", seconds_of)
+    monkeypatch.setattr(loading, "_seconds_of", seconds_of)
     wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 1}
     config = config_only(tmp_path, **wide, num_attention_heads=16, num_key_value_heads=16, head_dim=128)
     # Seven square weights, each eight times the work of the one that took a second.

@@ -8,23 +8,19 @@ from typing import Any
 
 import pytest
 
+from goat_ds.distributed import lock, ranks
 from goat_ds.errors import ConfigError
 from goat_ds.train import resume
-from goat_ds.train.config import TrainConfig, parse
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
 from goat_ds.train.metrics import _append, _set_redone_aside
 from goat_ds.train.resume import check_phase
-from goat_ds.zero import lock
 from goat_ds.zero.checkpoint import Checkpoint, keep_newest, sweep
-from goat_ds.zero.ranks import Ranks
 
 BEGUN = TrainConfig(ds_config="ds_configs/zero3.json", output_dir="runs/a", grad_accum_steps=2, resume="auto")
 
 
 REST: dict[str, Any] = {"data_sha256": "", "tokens": 0, "eval_loss": None}
-
-
-def ranks_of(world_size: int) -> Ranks:
-    return Ranks(world_rank=0, world_size=world_size, local_rank=0)
 
 
 def checkpoint(global_batch_size: int = 4) -> Checkpoint:
@@ -36,8 +32,9 @@ def look(
     monkeypatch: pytest.MonkeyPatch, config: TrainConfig, *, world_size: int, patched: bool = True
 ) -> resume.Resumption:
     if patched:
-        monkeypatch.setattr(resume, "newest_whole", lambda folder, processes: (checkpoint(), {}))
-    return resume.look(config, ranks_of(world_size))
+        monkeypatch.setattr(resume, "newest_whole", lambda folder: (checkpoint(), {}))
+    monkeypatch.setattr(ranks, "get_world_size", lambda: world_size)
+    return resume.look(config)
 
 
 def test_settings_that_make_another_run_are_told_by_name_all_at_once() -> None:
@@ -176,14 +173,14 @@ def test_what_a_killed_run_left_half_done_is_swept_and_nothing_else(tmp_path: Pa
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "together", lambda work: work())
+    monkeypatch.setattr(lock, "agree", lambda work: work())
     with (
-        lock.locked(tmp_path, ranks_of(1), timeout_minutes=0.1),
+        lock.locked(tmp_path, timeout_minutes=0.1),
         pytest.raises(ConfigError, match=rf"output_dir \({tmp_path}\) is in use by another run"),
-        lock.locked(tmp_path, ranks_of(1), timeout_minutes=1e-3),
+        lock.locked(tmp_path, timeout_minutes=1e-3),
     ):
         raise AssertionError("two runs hold one folder")
-    with lock.locked(tmp_path, ranks_of(1), timeout_minutes=0.1):
+    with lock.locked(tmp_path, timeout_minutes=0.1):
         assert list(tmp_path.iterdir()) == []
 
 

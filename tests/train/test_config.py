@@ -1,6 +1,7 @@
 """Flags and YAML become settings, or one message."""
 
 import math
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Start
-from goat_ds.train.config import Schedule, TrainConfig, build_locks, parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.config import Schedule, TrainConfig
+from goat_ds.train.environment import build_locks, settle_ranks
 from goat_ds.tuner.quantized import Packing
 from goat_ds.zero.ds_config import Precision
 
@@ -97,8 +101,8 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
 
 def test_a_process_alone_is_a_run_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_launchers(monkeypatch)
-    alone = ranks_from_environment(TrainConfig())
-    assert (alone.world_rank, alone.world_size, alone.local_rank) == (0, 1, 0)
+    settle_ranks(TrainConfig())
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
 
 
 def forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,25 +120,29 @@ def test_several_processes_of_a_launcher_that_sets_no_rank_do_not_train_alone(
     forget_launchers(monkeypatch)
     monkeypatch.setenv(name, "4")
     with pytest.raises(ConfigError, match=rf"{name} \(4\) says .*start with deepspeed or torchrun"):
-        ranks_from_environment(TrainConfig())
+        settle_ranks(TrainConfig())
     monkeypatch.setenv(name, "1")
-    assert ranks_from_environment(TrainConfig()).world_size == 1
+    settle_ranks(TrainConfig())
+    assert os.environ["WORLD_SIZE"] == "1"
 
 
 def test_a_second_local_rank_without_a_rank_does_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_launchers(monkeypatch)
     with pytest.raises(ConfigError, match=r"local_rank \(1\) says .*start with deepspeed or torchrun"):
-        ranks_from_environment(TrainConfig(local_rank=1))
+        settle_ranks(TrainConfig(local_rank=1))
 
 
 def test_the_launchers_local_rank_is_taken_from_flag_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks_from_environment(TrainConfig()).local_rank == 1
+    settle_ranks(TrainConfig())
+    assert ranks.get_local_rank() == 1
     monkeypatch.delenv("LOCAL_RANK")
-    assert ranks_from_environment(parse(["--local_rank", "2"])).local_rank == 2
+    settle_ranks(parse(["--local_rank", "2"]))
+    assert ranks.get_local_rank() == 2
+    monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ConfigError, match="local_rank is not given"):
-        ranks_from_environment(TrainConfig())
+        settle_ranks(TrainConfig())
 
 
 def test_the_demo_brings_settings_of_its_own_and_any_flag_wins(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import TrainingError
 from goat_ds.train.health import MOST_ZERO_NORMS, Health
-from goat_ds.zero import ranks
 from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.ranks import Ranks
 
 SAVED = Path("runs/a/checkpoint-10")
-ALONE = Ranks(world_rank=0, world_size=1, local_rank=0)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +22,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def health(precision: Precision = Precision.BF16, suspects: tuple[str, ...] = ()) -> Health:
     dataset = Dataset.from_dict({"origin": [f"a.jsonl line {line}" for line in range(1, 21)], "num_tokens": [9] * 20})
-    return Health(dataset, processes=ALONE, precision=precision, suspects=suspects)
+    return Health(dataset, precision=precision, suspects=suspects)
 
 
 def check(watched: Health, step: int = 11, **numbers: Any) -> None:

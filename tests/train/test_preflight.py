@@ -19,11 +19,8 @@ from goat_ds.train.resume import look
 from goat_ds.tuner.config import Residual
 from goat_ds.zero import engine, quantize
 from goat_ds.zero.engine import Attention, Precision
-from goat_ds.zero.ranks import Ranks
 from tests.launching import REPOSITORY
 from tests.models import causal_lm
-
-ALONE = Ranks(world_rank=0, world_size=1, local_rank=0)
 
 
 def base_with(folder: Path, **changes: Any) -> str:
@@ -40,7 +37,7 @@ def problems(folder: Path, **settings: Any) -> list[str]:
         | {"data": [str(demo.train_data())], "eval_data": [str(demo.heldout_data())]}
         | settings
     )
-    return list(preflight.problems(look(config, ALONE), ALONE))
+    return list(preflight.problems(look(config)))
 
 
 def test_a_base_as_it_should_be_has_no_problem(tmp_path: Path) -> None:

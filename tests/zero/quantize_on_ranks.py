@@ -20,14 +20,16 @@ import torch.distributed
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from goat_ds.distributed import ranks
 from goat_ds.train.build import build
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.tuner import layer as tuner_layer
 from goat_ds.tuner.base_quantization import plain_path
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear
 from goat_ds.zero import engine as engines
-from goat_ds.zero import partition, ranks
+from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import save_checkpoint
 from goat_ds.zero.quantize import measure
 
@@ -89,8 +91,7 @@ def is_mapped_file(address: int) -> bool:
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    processes = ranks_from_environment(parse(jobs[0]["flags"]))
-    ranks.join(processes, timeout_minutes=5)
+    join_ranks(parse(jobs[0]["flags"]), timeout_minutes=5)
     svd, build_engine = tuner_layer.decompose, engines.build_engine
     for job in jobs:
         output = Path(job["output"])
@@ -100,7 +101,7 @@ def main() -> None:
         tuner_layer.decompose = live.without(svd)
         engines.build_engine = partial(stop_counting, live, build_engine)
         live.__enter__()
-        engine = build(parse(job["flags"]), processes, num_steps=4)
+        engine = build(parse(job["flags"]), num_steps=4)
         one_step(engine)
         model = engines.peft_model(engine)
         held = measure(model)._asdict() | {"peak": live.peak, "after": live.now_at_end}
@@ -109,11 +110,11 @@ def main() -> None:
         held["block_sizes"] = sorted({layer.packing.block_size for layer in layers})
         held["compute_dtypes"] = sorted({str(layer.compute_dtype) for layer in layers})
         held["dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
-        (output / f"report-{processes.world_rank}.json").write_text(json.dumps(held))
+        (output / f"report-{ranks.get_rank()}.json").write_text(json.dumps(held))
         weights = weights_of(engine)
-        if processes.is_first:
+        if ranks.is_first():
             save_file(weights, output / "weights.safetensors")
-        save_checkpoint(engine, output_dir=output, step=1, processes=processes)
+        save_checkpoint(engine, output_dir=output, step=1)
         engines.destroy(engine)
     ranks.leave()
 

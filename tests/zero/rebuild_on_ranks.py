@@ -17,16 +17,17 @@ import torch
 from transformers import get_scheduler
 
 from goat_ds.data import batches
+from goat_ds.distributed import ranks
 from goat_ds.train.build import build
-from goat_ds.train.config import TrainConfig, parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.data import batch_plan, load_all_tokens
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import filled_ds_config
-from goat_ds.train.tokens import batch_plan, load_all_tokens
 from goat_ds.zero import engine as engines
-from goat_ds.zero import ranks
 from goat_ds.zero.checkpoint import save_checkpoint
 from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
-from goat_ds.zero.ranks import Ranks
 
 NUM_STEPS, MIDDLE = 6, 3
 
@@ -35,20 +36,19 @@ def main() -> None:
     torch.set_num_threads(1)
     cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     parsed = {name: parse(command_line) for name, command_line in cases.items()}
-    processes = ranks_from_environment(next(iter(parsed.values())))
-    ranks.join(processes, timeout_minutes=5)
-    told = {name: compare(config, processes, output / name) for name, config in parsed.items()}
-    (output / f"told-{processes.world_rank}.json").write_text(json.dumps(told))
+    join_ranks(next(iter(parsed.values())), timeout_minutes=5)
+    told = {name: compare(config, output / name) for name, config in parsed.items()}
+    (output / f"told-{ranks.get_rank()}.json").write_text(json.dumps(told))
     ranks.leave()
 
 
-def compare(config: TrainConfig, processes: Ranks, folder: Path) -> dict[str, Any]:
+def compare(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Run a case twice."""
-    uninterrupted = Run(config, processes)
+    uninterrupted = Run(config)
     told: dict[str, Any] = {"uninterrupted": uninterrupted.train(0, NUM_STEPS)}
     expected = uninterrupted.states()
     engines.destroy(uninterrupted.engine)
-    interrupted = Run(config, processes)
+    interrupted = Run(config)
     told["interrupted"] = interrupted.train(0, MIDDLE)
     before = interrupted.states()
     told["freed"] = interrupted.change_engine(before)
@@ -71,18 +71,18 @@ def equal(one: dict[str, TensorState], other: dict[str, TensorState]) -> bool:
 class Run:
     """An engine and its data."""
 
-    def __init__(self, config: TrainConfig, processes: Ranks) -> None:
-        self.config, self.processes = config, processes
-        self.tokens, _ = load_all_tokens(config, processes)
-        self.engine = build(config, processes, num_steps=NUM_STEPS)
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.tokens, _ = load_all_tokens(config)
+        self.engine = build(config, num_steps=NUM_STEPS)
         self.model: Any = engines.peft_model(self.engine)
 
     def train(self, first: int, until: int) -> list[float]:
         """Give the loss of every step on this rank."""
         losses = []
-        size = self.config.packs_per_step(self.processes.world_size)
-        plan = batch_plan(self.config, self.processes, self.tokens.packed, global_batch_size=size)
-        rank, num_ranks = self.processes.world_rank, self.processes.world_size
+        size = self.config.packs_per_step(ranks.get_world_size())
+        plan = batch_plan(self.config, self.tokens.packed, global_batch_size=size)
+        rank, num_ranks = ranks.get_rank(), ranks.get_world_size()
         for _, batch in batches(self.tokens.dataset, plan, world_rank=rank).from_step(first, until=until):
             for micro_batch in batch.micro_batches:
                 loss = objective(
@@ -111,7 +111,7 @@ class Run:
         deepspeed.zero.GatheredParameters.__enter__ = recorded
         try:
             folder.mkdir(exist_ok=True)
-            save_checkpoint(self.engine, output_dir=folder, step=NUM_STEPS, processes=self.processes)
+            save_checkpoint(self.engine, output_dir=folder, step=NUM_STEPS)
         finally:
             deepspeed.zero.GatheredParameters.__enter__ = enter
         return gathered
@@ -126,7 +126,7 @@ class Run:
         freed = old() is None
         self.engine = engines.build_engine(
             self.model,
-            engine_config=filled_ds_config(self.config, self.processes),
+            engine_config=filled_ds_config(self.config),
             schedule=lambda optimizer: get_scheduler(
                 self.config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS
             ),
@@ -135,8 +135,8 @@ class Run:
         for number, (name, parameter) in enumerate(self.model.named_parameters()):
             if name in states:
                 # One rank has it: another one each time.
-                owner = number % self.processes.world_size
-                here = owner == self.processes.world_rank
+                owner = number % ranks.get_world_size()
+                here = owner == ranks.get_rank()
                 write_state(self.engine, parameter, states[name] if here else None, owner=owner)
         return freed
 

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from goat_ds import GoatConfig, demo
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.distributed import ranks
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
-from goat_ds.zero import decompose, partition, ranks
+from goat_ds.zero import decompose, partition
 from goat_ds.zero import engine as engines
 from goat_ds.zero.engine import Attention
 
@@ -26,23 +28,22 @@ def main() -> None:
     torch.set_num_threads(1)
     stage, cache, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     config = parse(["--ds_config", f"ds_configs/zero{stage}.json", "--precision", "fp32"])
-    processes = ranks_from_environment(config)
-    ranks.join(processes, timeout_minutes=5)
-    filled = filled_ds_config(config, processes)
+    join_ranks(config, timeout_minutes=5)
+    filled = filled_ds_config(config)
     base = engines.load_base(
         str(demo.base_path()), precision=config.precision, attention=Attention.SDPA, engine_config=filled
     )
     model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
     held = watch_whole_weights()
-    report = decompose.start_adapter(model, engines.ADAPTER_NAME, processes=processes, seed=0, cache=cache)
+    report = decompose.start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
     factors = {}
     for item in named_experts(model, engines.ADAPTER_NAME):
         with partition.gathered(item.experts.parameters()):
             for name, parameter in item.experts.named_parameters():
                 factors[f"{item.path}.{name}"] = parameter.detach().clone()
-    save_file(factors, output / f"factors-{processes.world_rank}.safetensors")
+    save_file(factors, output / f"factors-{ranks.get_rank()}.safetensors")
     told = report._asdict() | {"most_whole_weights": held["most"], "frozen": sorted(frozen_names(model))}
-    (output / f"report-{processes.world_rank}.json").write_text(json.dumps(told))
+    (output / f"report-{ranks.get_rank()}.json").write_text(json.dumps(told))
     ranks.leave()
 
 

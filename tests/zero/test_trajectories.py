@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from goat_ds import demo
-from goat_ds.train.config import parse
+from goat_ds.train.cli import parse
 from tests.launching import REPOSITORY, losses_of, metrics_of, run_many
 from tests.zero.plain_torch import COMMON, NUM_STEPS, TWO_IN_ONE_STEP, ZERO3, first_step, start_as_the_run_did
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from goat_ds import demo
 from goat_ds.export import read_adapter
-from goat_ds.train.config import parse
+from goat_ds.train.cli import parse
 from tests.launching import losses_of, metrics_of, run_many
 from tests.zero.plain_torch import COMMON, NUM_STEPS, TWO_IN_ONE_STEP, ZERO3, first_step, start_as_the_run_did
 

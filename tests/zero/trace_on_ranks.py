@@ -15,29 +15,29 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import raise_if_any
-from goat_ds.train.config import parse, ranks_from_environment
+from goat_ds.train.cli import parse
+from goat_ds.train.environment import join_ranks
 from goat_ds.train.loop import train
 from goat_ds.train.resume import look
 from goat_ds.train.signals import Signals
-from goat_ds.zero import ranks
 
 
 def main() -> None:
     torch.set_num_threads(1)
     runs, told = json.loads(Path(sys.argv[1]).read_text()), {}
     configs = {name: parse(line) for name, line in runs.items()}
-    processes = ranks_from_environment(next(iter(configs.values())))
-    ranks.join(processes, timeout_minutes=5)
+    join_ranks(next(iter(configs.values())), timeout_minutes=5)
     for name, config in configs.items():
         config.folder.mkdir(parents=True, exist_ok=True)
-        resumption = look(config, processes)
+        resumption = look(config)
         raise_if_any(resumption.problems)
         watch = Watch()
         with watch.on():
-            train(resumption, processes, Signals(), step_done=watch.step_done)
+            train(resumption, Signals(), step_done=watch.step_done)
         told[name] = watch.steps
-    if processes.is_first:
+    if ranks.is_first():
         Path(sys.argv[2]).write_text(json.dumps(told))
     ranks.leave()
 

@@ -1,0 +1,139 @@
+"""From the command line and a YAML file to the settings of a run.
+
+``--config run.yaml`` holds any of them; the command line wins. A run of the embedded demo starts from the demo's own.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from enum import EnumType
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from transformers import HfArgumentParser
+
+from goat_ds import demo
+from goat_ds.errors import ConfigError
+from goat_ds.method.scaling import Scaling
+from goat_ds.method.spectrum import Start
+from goat_ds.train.config import MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
+from goat_ds.tuner.config import Residual
+
+
+def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> TrainConfig:
+    """Read the command line and the YAML file it names.
+
+    Args:
+        arguments: Of the command line.
+        required: Settings whose absence is told along with mistakes, unless the embedded demo's are taken.
+
+    Raises:
+        ConfigError: unknown flags or keys, flags that other flags make useless; then wrong numbers as well. Or a value
+            of the wrong type.
+    """
+    config_file = _value_of("config", arguments)
+    content = _read_yaml(Path(config_file)) if config_file else {}
+    given = [*_arguments_of(content, given=arguments), *arguments]
+    config, unknown_flags = _parsed(given)
+    if config.is_demo:
+        config, _ = _parsed([*_arguments_of(_read_yaml(demo.settings()), given=given), *given])
+    unknown_keys = [
+        f"config: {config_file}: {key} is not a setting; see --help" for key in content if key not in _NAMES
+    ]
+    mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
+    # With a timeout that is none, ranks could not even meet to look for more.
+    if mistakes or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
+        raise ConfigError(*mistakes, *config.problems(required=required))
+    return config
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """Give the settings, and what is wrong with flags that are none."""
+    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
+    namespace, unknown = parser.parse_known_args(list(arguments))
+    # A word that follows an unknown flag is its value.
+    mistakes = [f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("--")]
+    mistakes = mistakes or [f"{argument} belongs to no flag; see --help" for argument in unknown]
+    config = TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
+    return config, mistakes
+
+
+def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
+    """Say which of the given flags other flags make useless."""
+    theory = config.scaling is Scaling.THEORY
+    if theory and "lora_alpha" in given:
+        yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
+    if not theory and "eta" in given:
+        yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
+    if config.init is Start.ZERO and "rho" in given:
+        yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
+    if config.init is Start.ZERO and "residual" in given and config.residual is Residual.FOLD:
+        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
+    for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
+        if name in given and not config.load_in_4bit:
+            yield f"{name} ({_shown(getattr(config, name))}) has no effect without load_in_4bit; give both or neither"
+    if config.allow_changed and config.resume is None:
+        yield "allow_changed has no effect without resume; give both or neither"
+    if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
+        yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
+
+
+def _shown(value: Any) -> str:
+    """Give a value as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """Turn the text of a choice into its enum member; argparse leaves it as text, even the default."""
+    kinds = [kind for kind in (get_args(setting.type) or (setting.type,)) if isinstance(kind, EnumType)]
+    return kinds[0](value) if kinds and value is not None else value
+
+
+# transformers types its dataclasses in a way that mypy cannot match.
+_DATACLASS: Any = TrainConfig
+_NAMES = frozenset(f.name for f in dataclasses.fields(TrainConfig))
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """Give the value of a flag without parsing the others."""
+    value = None
+    for place, argument in enumerate(arguments):
+        if argument == f"--{name}":
+            value = arguments[place + 1] if place + 1 < len(arguments) else None
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config ({path}) cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config ({path}) must hold 'name: value' lines")
+    return content
+
+
+def _arguments_of(content: dict[str, Any], *, given: Sequence[str]) -> list[str]:
+    """Turn settings of a YAML file into command-line arguments, without the flags that the command line has itself."""
+    on_command_line = _names_in(given)
+    arguments = []
+    for key, value in content.items():
+        if key in _NAMES and value is not None and key not in on_command_line:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{key}", *map(str, values)]
+    return arguments
+
+
+def _names_in(arguments: Sequence[str]) -> set[str]:
+    """Name the settings that a command line holds."""
+    words = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--"))
+    return {word.removeprefix("no_") for word in words}

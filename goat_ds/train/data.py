@@ -1,0 +1,95 @@
+"""The data of a run: tokenised once a node, packed, and dealt into global batches."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from goat_ds.data import BatchPlan, Packed, content_digest, load_tokenizer, pack_dataset, prepare
+from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
+from goat_ds.distributed import ranks
+from goat_ds.distributed.ranks import say
+from goat_ds.errors import ConfigError
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.preflight import eval_sources, model_name, train_sources
+
+
+class Tokens(NamedTuple):
+    """Tokenised and packed data."""
+
+    dataset: Dataset
+    packed: Packed
+
+
+def load_all_tokens(config: TrainConfig) -> tuple[Tokens, Tokens | None]:
+    """Give the training data and the held-out data, if there is any. A collective."""
+    tokenizer = load_tokenizer(model_name(config))
+    tokens = load_tokens(config, tokenizer, train_sources(config), split=config.split)
+    if not eval_sources(config):
+        return tokens, None
+    return tokens, load_tokens(config, tokenizer, eval_sources(config), split=config.eval_split)
+
+
+def load_tokens(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    *,
+    split: str,
+) -> Tokens:
+    """Tokenise once a node, read the cache everywhere, pack. A collective."""
+    tokenised = ranks.first_on_node_then_others(
+        lambda: prepare(
+            sources,
+            tokenizer,
+            max_length=config.max_length,
+            cache_dir=Path(config.token_cache),
+            data_format=config.data_format,
+            split=split,
+        ),
+    )
+    packed = pack_dataset(tokenised.dataset, max_length=config.max_length, packing=config.packing)
+    if not ranks.is_same_everywhere(f"{tokenised.report} {packed.num_labels}"):
+        raise ConfigError(f"data ({', '.join(sources)}) is not the same on every node; copy the same files to all")
+    say(f"data: {', '.join(sources)}", *tokenised.report.lines(), str(packed.report))
+    return Tokens(tokenised.dataset, packed)
+
+
+def batch_plan(config: TrainConfig, packed: Packed, *, global_batch_size: int) -> BatchPlan:
+    """Say which packs form which global batch."""
+    return BatchPlan(
+        packs=packed.packs,
+        num_labels=packed.num_labels,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=global_batch_size,
+        world_size=ranks.get_world_size(),
+        seed=config.seed,
+    )
+
+
+def digest_on_first(dataset: Dataset) -> str:
+    """Give the content of the training data; all nodes have been seen to have the same. A collective."""
+    return str(ranks.object_from(0, content_digest(dataset) if ranks.is_first() else None))
+
+
+def num_tokens_until(step: int, plan: BatchPlan, dataset: Dataset) -> int:
+    """Count the tokens of all ranks in the steps before one."""
+    counts = dataset.with_format("numpy", columns=["num_tokens"])[:]["num_tokens"]
+    packs = (plan.packs[pack] for batch in plan.from_step(0, until=step) for pack in batch.pack_ids)
+    return sum(int(counts[list(pack)].sum()) for pack in packs)
+
+
+def sample_writer(config: TrainConfig, tokens: Tokens, heldout: Tokens | None) -> Callable[[Path], None] | None:
+    """Choose the sample of the data that every checkpoint keeps; give what writes it, or None where none is kept."""
+    if not config.calibration_sample_tokens:
+        return None
+    sample = take_sample(
+        tokens.dataset,
+        heldout and heldout.dataset,
+        num_tokens=config.calibration_sample_tokens,
+        max_length=config.max_length,
+        seed=config.seed,
+    )
+    return lambda folder: save_sample(sample, folder / SAMPLE_NAME)

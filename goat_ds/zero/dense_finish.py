@@ -1,0 +1,247 @@
+"""Make routed experts dense in the middle of a run, and train on.
+
+Tokens of the latest batches give every layer its least-squares static form (``method.dense_fit``): ``A'`` takes the
+place of ``A``, the router leaves, and what is left is a plain low-rank adapter. The optimizer goes on where it was:
+
+    routed   h = g(x) ∘ A x     gradient of A  = Σ_t g δ xᵀ     E[g] = 1/E
+    static   h = A' x           gradient of A' = Σ_t δ xᵀ       A' ≈ E[g] ∘ A
+
+So the gradient of ``A'`` is E times that of ``A``. Left so, it would dominate the norm that is clipped, and ``B`` would
+all but stop; and the moments of ``A`` would be far too small for it. It is therefore divided by E, as if ``E A'`` were
+trained: then the norm is what it was, the moments of ``A`` are those of ``A'``, and ``B`` goes on as it was. The rate
+goes on by its schedule: a lower one for ``A'``, down to the 1/E that its size would suggest, ends worse.
+
+Shape letters: T tokens, I in features, O out features, E experts, R total rank.
+"""
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from deepspeed import DeepSpeedEngine
+from peft import PeftModel
+from torch import Tensor
+
+from goat_ds.distributed import ranks
+from goat_ds.errors import ConfigError, TrainingError
+from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, Moments, fit_static, is_finite
+from goat_ds.tuner.fit_sums import moments_in_passes, static_config
+from goat_ds.tuner.layer import GoatExperts
+from goat_ds.tuner.model import named_experts
+from goat_ds.zero import engine as engines
+from goat_ds.zero import partition
+from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
+
+TOKENS_WANTED = 8
+"""Tokens that a fit looks at for every in feature of the widest layer, if the run has had as many."""
+
+
+class Finish(NamedTuple):
+    """What a dense finish was made from, and what it costs.
+
+    ``num_tokens`` were seen by the fit. ``unexplained_mean`` and
+    ``unexplained_max`` are, over layers, the mean square of what the static form misses of the experts' output, as a
+    share of that output's own. ``seconds`` passed until every rank was done.
+    """
+
+    engine: DeepSpeedEngine
+    num_tokens: int
+    unexplained_mean: float
+    unexplained_max: float
+    seconds: float
+
+    def numbers(self) -> dict[str, float]:
+        """Give what a log holds."""
+        return {
+            "tokens": self.num_tokens,
+            "unexplained_mean": self.unexplained_mean,
+            "unexplained_max": self.unexplained_max,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"fitted to {self.num_tokens} tokens in {self.seconds:.1f} s; of the experts' output a share of "
+            f"{self.unexplained_mean:.3f} is lost over all layers, at most {self.unexplained_max:.3f} in one"
+        )
+
+
+class _Dense(NamedTuple):
+    """What a layer goes on with."""
+
+    a: TensorState
+    b: TensorState
+    unexplained: float
+
+
+class _Kept(NamedTuple):
+    """By layer, who has what it goes on with, and what this rank has."""
+
+    owners: dict[str, int]
+    mine: dict[str, _Dense]
+    num_tokens: int
+
+
+def finish_densely(
+    engine: DeepSpeedEngine,
+    *,
+    run: Callable[[], None],
+    counts: Callable[[], bool],
+    engine_config: dict[str, Any],
+    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+) -> Finish:
+    """Give the model of an engine its static form and to a new engine, which goes on training. A collective.
+
+    Args:
+        engine: Between two steps; of no use afterwards.
+        run: Runs the engine over the tokens to fit to; may be called several times.
+        counts: Whether the tokens that ``run`` now sends through the layers count; those of a filler do not.
+        engine_config: The filled DeepSpeed config.
+        schedule: As ``build_engine`` takes it.
+    """
+    began = time.monotonic()
+    model, num_steps = engines.peft_model(engine), engine.lr_scheduler.last_epoch
+    layers = {item.path: item.experts for item in named_experts(model, engines.ADAPTER_NAME)}
+    engine.eval()
+    kept = _fit_all(engine, layers, run, counts)
+    engines.destroy(engine)
+    _drop_routers(model, layers)
+    # Else the memory of two optimizers would be needed: what DeepSpeed leaves behind goes round in circles.
+    gc.collect()
+    train_in_units_of_a(model)
+    config = engines.without_monitors(engine_config)
+    engine = engines.build_engine(model, engine_config=config, schedule=schedule)
+    engines.resume_schedule(engine, num_steps)
+    for path, experts in layers.items():
+        dense, owner = kept.mine.get(path), kept.owners[path]
+        write_state(engine, experts.A, dense and dense.a, owner=owner)
+        write_state(engine, experts.B, dense and dense.b, owner=owner)
+    engine.train()
+    unexplained = _from_all([dense.unexplained for dense in kept.mine.values()])
+    return Finish(
+        engine=engine,
+        num_tokens=kept.num_tokens,
+        unexplained_mean=sum(unexplained) / len(unexplained),
+        unexplained_max=max(unexplained),
+        seconds=time.monotonic() - began,
+    )
+
+
+def tokens_to_fit(model: PeftModel) -> int:
+    """Give how many tokens a dense finish of a model wants to look at."""
+    return TOKENS_WANTED * _widest(model)
+
+
+def check_enough(model: PeftModel, num_tokens: int) -> None:
+    """Hold that a dense finish will have seen the tokens that its fit needs.
+
+    Raises:
+        ConfigError: the run has not had as many by then.
+    """
+    needed = TOKENS_PER_FEATURE * _widest(model)
+    if num_tokens < needed:
+        raise ConfigError(
+            f"dense_finish comes after {num_tokens:,} tokens, and the widest layer ({_widest(model):,} in features) "
+            f"needs {needed:,}; finish later, or train on more"
+        )
+
+
+def _widest(model: PeftModel) -> int:
+    return max(item.experts.in_features for item in named_experts(model, engines.ADAPTER_NAME))
+
+
+def train_in_units_of_a(model: PeftModel) -> None:
+    """Divide the gradient of every layer's static ``A'`` by E, from here on; for a model without an engine."""
+    for item in named_experts(model, engines.ADAPTER_NAME):
+        item.experts.A.register_hook(partial(torch.mul, other=1 / item.experts.config.num_experts))
+
+
+def _fit_all(
+    engine: DeepSpeedEngine,
+    layers: Mapping[str, GoatExperts],
+    run: Callable[[], None],
+    counts: Callable[[], bool],
+) -> _Kept:
+    """Fit every layer on one rank, which keeps the result on the host until the new engine is there. A collective."""
+    busy = [0.0] * ranks.get_world_size()
+    owners: dict[str, int] = {}
+    mine: dict[str, _Dense] = {}
+    num_tokens = 0
+    for moments in moments_in_passes(layers, run, counts=counts):
+        here: dict[str, tuple[TensorState, TensorState, Tensor | None]] = {}
+        for names in _by_input(moments):
+            owner = busy.index(min(busy))
+            busy[owner] += len(names) * float(layers[names[0]].in_features) ** 3
+            _add_up_on(owner, [moments[name] for name in names])
+            num_tokens = max(num_tokens, moments[names[0]].num_tokens)
+            for name in names:
+                owners[name] = owner
+                experts = layers[name]
+                states = (read_state(engine, experts.A), read_state(engine, experts.B), _own_scales(experts))
+                if owner == ranks.get_rank():
+                    here[name] = states
+        # A rank that fails here would leave the others waiting.
+        mine |= ranks.agree(partial(_fit_here, here, moments))
+    return _Kept(owners, mine, num_tokens)
+
+
+def _by_input(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
+    """Walk over the layers that share an input, and so its moments."""
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for name, layer_moments in moments.items():
+        sharing[id(layer_moments.xx_II)].append(name)
+    yield from sharing.values()
+
+
+def _add_up_on(owner: int, moments: list[Moments]) -> None:
+    """Add moments of layers with one input up over all ranks, for one of them; the count for all. A collective."""
+    num_tokens = int(ranks.sum_over_ranks(torch.tensor(moments[0].num_tokens)))
+    torch.distributed.reduce(moments[0].xx_II, dst=owner)
+    for layer_moments in moments:
+        for sums in (layer_moments.hx_RI, layer_moments.hh_RR, layer_moments.gates_E):
+            torch.distributed.reduce(sums, dst=owner)
+        layer_moments.num_tokens = num_tokens
+
+
+def _own_scales(experts: GoatExperts) -> Tensor | None:
+    """Give the scale of the expert each direction belongs to ``[R]``, for GOAT-s. A collective."""
+    if experts.s is None:
+        return None
+    with partition.gathered([experts.s]):
+        return experts.s.detach().float().repeat_interleave(experts.config.expert_rank)
+
+
+def _fit_here(
+    here: Mapping[str, tuple[TensorState, TensorState, Tensor | None]], moments: Mapping[str, Moments]
+) -> dict[str, _Dense]:
+    if wrong := [name for name in here if not is_finite(moments[name])]:
+        raise TrainingError(f"dense finish: {', '.join(wrong[:8])} computed values that are not finite")
+    return {name: _dense(*states, moments[name]) for name, states in here.items()}
+
+
+def _dense(a: TensorState, b: TensorState, scale_R: Tensor | None, moments: Moments) -> _Dense:
+    fit = fit_static(a.master, b.master if scale_R is None else b.master * scale_R, moments)
+    return _Dense(_on_host(a._replace(master=fit.a_RI.float())), _on_host(b), fit.unexplained)
+
+
+def _on_host(state: TensorState) -> TensorState:
+    return TensorState(state.master.cpu(), state.exp_avg.cpu(), state.exp_avg_sq.cpu(), state.num_steps)
+
+
+def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
+    configs: dict[str, Any] = model.peft_config
+    config = configs[engines.ADAPTER_NAME] = static_config(configs[engines.ADAPTER_NAME])
+    for experts in layers.values():
+        experts.become_static(config)
+
+
+def _from_all(values: list[float]) -> list[float]:
+    """Give the values of all ranks to each. A collective."""
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, values)
+    return [value for one in told for value in one]
