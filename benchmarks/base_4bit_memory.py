@@ -35,10 +35,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
-from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner import layer as layers
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.model import linear_shape, named_experts
@@ -121,7 +122,7 @@ def measure(base_folder: Path, way: str) -> None:
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     join_ranks(config, timeout_minutes=30)
-    filled = filled_ds_config(config)
+    filled = read_inputs(config).engine_config
     held = by_transformers(base_folder, filled) if way == RIVAL else by_us(base_folder, filled, mapped=way == "mapped")
     (base_folder / f"rank{ranks.get_rank()}.json").write_text(json.dumps(held._asdict()))
     torch.distributed.barrier()
@@ -146,7 +147,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> 
 
     def load(folder: Path) -> Any:
         base = engines.load_base(
-            str(folder),
+            inspect(str(folder)),
             precision=ds_config.Precision.BF16,
             attention=engines.Attention.SDPA,
             engine_config=engine_config,

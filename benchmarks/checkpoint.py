@@ -28,10 +28,11 @@ from setting import GEMMA_3_270M, ignore_calls_of_libraries, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
-from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.inputs import read_inputs
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
@@ -91,7 +92,7 @@ def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     join_ranks(config, timeout_minutes=30)
-    engine = engine_of(base_folder, filled_ds_config(config))
+    engine = engine_of(base_folder, read_inputs(config).engine_config)
     ways = ways_to_save(engine)
     steps: dict[str, list[float]] = {name: [] for name in ways}
     saved: dict[str, list[Saved]] = {name: [] for name in ways}
@@ -111,7 +112,7 @@ def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row
 def engine_of(base_folder: Path, engine_config: dict[str, Any]) -> Any:
     """Load the base, start experts on it, give both to DeepSpeed."""
     base = engines.load_base(
-        str(base_folder),
+        inspect(str(base_folder)),
         precision=Precision.BF16,
         attention=engines.Attention.SDPA,
         engine_config=engine_config,

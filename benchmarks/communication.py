@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
-from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
@@ -194,7 +195,7 @@ def measure(base_folder: Path, *, num_tokens: int, num_steps: int) -> list[Row]:
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     join_ranks(config, timeout_minutes=30)
-    engine_config, base = filled_ds_config(config), AutoConfig.from_pretrained(base_folder)
+    engine_config, base = read_inputs(config).engine_config, AutoConfig.from_pretrained(base_folder)
     largest = base.hidden_size * base.intermediate_size
     engine_config["zero_optimization"] |= {
         "stage3_max_live_parameters": 2 * largest,
@@ -222,7 +223,10 @@ def engine_of(
 ) -> Any:
     """Load the base, put an adapter on it, give both to DeepSpeed."""
     base = engines.load_base(
-        str(base_folder), precision=Precision.BF16, attention=engines.Attention.SDPA, engine_config=engine_config
+        inspect(str(base_folder)),
+        precision=Precision.BF16,
+        attention=engines.Attention.SDPA,
+        engine_config=engine_config,
     )
     model = adapted(base, engine_config)
     engines.enable_checkpointing(model, checkpointing)

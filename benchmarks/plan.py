@@ -30,6 +30,7 @@ from goat_ds.train.build import build
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.objective import objective
 from goat_ds.train.preflight import planner_of
 from goat_ds.zero import engine as engines
@@ -116,7 +117,7 @@ def settings(folder: Path, case: Case, *, num_tokens: int) -> TrainConfig:
 
 def compare(folder: Path, number: int, case: Case, *, num_tokens: int) -> list[Row]:
     """Plan a case, run it, and set the two beside each other."""
-    planner = planner_of(settings(folder, case, num_tokens=num_tokens), world_size=WORLD_SIZE)
+    planner = planner_of(read_inputs(settings(folder, case, num_tokens=num_tokens), world_size=WORLD_SIZE))
     # Device and host are one memory here, so the worst phase is that of both together.
     loading = max(phase.everywhere for phase in planner.loading_phases(WORLD_SIZE))
     planned = (loading, planner.in_training(WORLD_SIZE).everywhere)
@@ -148,7 +149,7 @@ def be_a_rank(folder: Path, case: Case, *, num_tokens: int) -> None:
     config = settings(folder, case, num_tokens=num_tokens)
     join_ranks(config, timeout_minutes=10)
     with LiveTensors() as live:
-        engine = build(config, num_steps=100)
+        engine = build(read_inputs(config), num_steps=100)
         gc.collect()
         mapped = sum(p.nbytes for p in engine.module.parameters() if p.numel() and is_mapped(p))
         loading = live.peak

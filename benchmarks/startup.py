@@ -22,10 +22,11 @@ from setting import GEMMA_3_270M, start_ranks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
-from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
@@ -73,9 +74,9 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
     join_ranks(config, timeout_minutes=30)
-    filled = filled_ds_config(config)
+    filled = read_inputs(config).engine_config
     base = engines.load_base(
-        str(base_folder), precision=config.precision, attention=engines.Attention.SDPA, engine_config=filled
+        inspect(str(base_folder)), precision=config.precision, attention=engines.Attention.SDPA, engine_config=filled
     )
     model = engines.attach_experts(base, GoatConfig(), engine_config=filled)
     cache = base_folder / "svd"

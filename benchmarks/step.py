@@ -35,8 +35,8 @@ from goat_ds.distributed import ranks
 from goat_ds.method.routing import BalanceSignal
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.objective import objective
-from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.zero import engine as engines
 
@@ -72,7 +72,7 @@ def main() -> None:
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero2.json")])
     join_ranks(config, timeout_minutes=30)
     base = random_base(num_layers=arguments.layers, vocabulary=arguments.vocabulary)
-    engine_config = filled_ds_config(config)
+    engine_config = read_inputs(config).engine_config
     engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET_VALUES
     ways = {name: build(make, base, engine_config) for name, make in WAYS.items()}
     del base

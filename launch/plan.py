@@ -11,6 +11,7 @@ import warnings
 from goat_ds import plan
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.cli import parse
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import REQUIRED_TO_PLAN, plan_problems, planner_of
 
 
@@ -26,11 +27,12 @@ def main(arguments: list[str]) -> None:
     known, others = parser.parse_known_args(arguments)
     try:
         config = parse(others, required=REQUIRED_TO_PLAN)
-        raise_if_any(plan_problems(config, world_size=known.world_size))
+        inputs = read_inputs(config, world_size=known.world_size)
+        raise_if_any(plan_problems(inputs))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for line in plan.lines(planner_of(config, world_size=known.world_size)):
+    for line in plan.lines(planner_of(inputs)):
         print(line, flush=True)
 
 

@@ -15,6 +15,7 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import raise_if_any
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.loop import train
 from goat_ds.train.resume import look
 from goat_ds.train.signals import Signals
@@ -29,7 +30,7 @@ def main() -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         resumption = look(config)
         raise_if_any(resumption.problems)
-        train(resumption, Signals())
+        train(resumption, read_inputs(resumption.config), Signals())
     ranks.leave()
 
 

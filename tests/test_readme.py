@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.plan.skeleton import Kind, Skeleton, build
 from goat_ds.train.cli import parse
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -113,7 +114,7 @@ def memory_rows(shape: tuple[int, int, int, int], folder: Path) -> list[float]:
 def planned_skeleton(folder: Path) -> Skeleton:
     how = dict.fromkeys(("dtype", "weight_dtype", "compute_dtype"), "bfloat16")
     return build(
-        str(folder),
+        inspect(str(folder)),
         GoatConfig(r=32, num_experts=8, exclude_modules=["lm_head"]),
         dtype=torch.bfloat16,
         attention="sdpa",

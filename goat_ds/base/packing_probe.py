@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from goat_ds.base.inspect import Base, first_line
 
 # Far above fp32 rounding (some 1e-6 of the logits' scale), far below what one visible foreign token does.
 LEAK = 1e-4
@@ -39,30 +41,25 @@ VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def row_problem(model: str, *, attention: str = "sdpa") -> str | None:
+def row_problem(base: Base, *, attention: str = "sdpa") -> str | None:
     """Say why documents packed into one row cannot train this model, or nothing if they can.
 
     Draws from no random stream of the caller's. To be called before the real model is loaded: it ends transformers'
     sharding at birth, as loading does.
 
     Args:
-        model: Folder or hub name; only its config is read.
+        base: Whose architecture is tried.
         attention: Attention code that will train it; flash attention needs a GPU, so ``eager`` stands in for it.
 
     Returns:
         One sentence that names the model and the architecture; also when the architecture could not be tried, since
         a refused run costs less than one that learned from mixed documents.
     """
-    try:
-        # Else transformers would ask at the terminal whether to run code that lies beside the weights.
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        return f"model ({model}) cannot be loaded: {_first_line(error)}"
-    name = config.model_type
+    model, name = base.name, base.architecture
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            tiny, has_attention = _tiny_model(config, attention="eager" if "flash" in attention else attention)
+            tiny, has_attention = _tiny_model(base.config, attention="eager" if "flash" in attention else attention)
             if _takes_positions(tiny) and _sees_later_tokens(tiny):
                 return (
                     f"model ({model}): {name} sees tokens that come later, so it would be trained on answers it can "
@@ -79,13 +76,9 @@ def row_problem(model: str, *, attention: str = "sdpa") -> str | None:
     except Exception as error:
         return (
             f"model ({model}): whether the {name} architecture keeps the documents of a packed row apart could not "
-            f"be checked on a tiny copy ({type(error).__name__}: {_first_line(error)}); it is not supported"
+            f"be checked on a tiny copy ({type(error).__name__}: {first_line(error)}); it is not supported"
         )
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _sees_later_tokens(tiny: Any) -> bool:

@@ -142,9 +142,9 @@ def read_records(settings: EvalSettings) -> list[Record | Dropped]:
 def row_problems(settings: EvalSettings, subject: Subject) -> Iterator[str]:
     """Say why the model cannot be given packed rows and positions."""
     metrics = [metric for metric in (Metric.PERPLEXITY, Metric.CHOICE_ACCURACY) if metric in settings.asked]
-    if metrics and (problem := row_problem(subject.weights)):
+    if metrics and (problem := row_problem(subject.base)):
         yield f"{' and '.join(metrics)}: {problem}; leave {'them' if len(metrics) > 1 else 'it'} out with --metrics"
-    positions = subject.num_positions
+    positions = subject.base.num_positions
     if Metric.PERPLEXITY in metrics and positions is not None and settings.max_length > positions:
         yield f"max_length ({settings.max_length}) is above the model's max_position_embeddings ({positions}); lower it"
 
@@ -164,7 +164,7 @@ def ask(
     prompts = prompts_of(questions, tokenizer)
     lengths = [(p.question.origin, len(p.input_ids) + settings.max_new_tokens) for p in prompts]
     raise_if_any(
-        num_positions_problems(lengths, subject.num_positions, Metric.EXACT_MATCH, ", or lower max_new_tokens")
+        num_positions_problems(lengths, subject.base.num_positions, Metric.EXACT_MATCH, ", or lower max_new_tokens")
     )
     return prompts
 
@@ -177,7 +177,7 @@ def offer(
     candidates = candidates_of(questions, texts, tokenizer)
     longest = [len(candidate.shared) + max(map(len, candidate.rests)) for candidate in candidates]
     lengths = [(question.origin, length) for question, length in zip(questions, longest, strict=True)]
-    raise_if_any(num_positions_problems(lengths, subject.num_positions, Metric.CHOICE_ACCURACY))
+    raise_if_any(num_positions_problems(lengths, subject.base.num_positions, Metric.CHOICE_ACCURACY))
     return Choices(texts, candidates)
 
 
@@ -214,7 +214,7 @@ def _head(settings: EvalSettings, prepared: Prepared, model: Any) -> Report:
     return Report(
         model=settings.model,
         kind=subject.kind,
-        weights=subject.weights,
+        weights=subject.base.name,
         base_quantization=None if quantization is None else quantization.to_dict(),
         dtype=str(model.dtype).removeprefix("torch."),
         data=settings.data,

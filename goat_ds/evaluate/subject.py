@@ -1,26 +1,28 @@
 """Find what a path or name stands for, and load it: a whole model, or an adapter on its base."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from goat_ds.base.authors_code import authors_code, config_as_stored
+from goat_ds.base.inspect import Base, first_line, inspect
 from goat_ds.data import load_tokenizer
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.evaluate.settings import Dtype, EvalSettings
 from goat_ds.export import Adapter, find_adapter, read_adapter
 from goat_ds.export.adapter_file import CONFIG_NAME
-from goat_ds.export.base import find_base
 from goat_ds.export.same_base import check_base
-from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization
+from goat_ds.export.stored_base import find_base
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatPeftType
 from goat_ds.tuner.quantized import Packing, check_backend
 
+LOOK_AT_CODE = "none of it was run; look at that code, then add --trust_remote_code"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -28,12 +30,8 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 class Subject:
     """What is judged; nothing of it is loaded yet."""
 
-    weights: str
-    """Folder or hub name of the whole model; where there is an adapter, of its base."""
-    revision: str
-    """Of the weights, on the hub."""
-    config: Any
-    """The weights' config."""
+    base: Base
+    """The whole model; where there is an adapter, its base."""
     adapter: Path | None
     """Folder of the adapter."""
     method: str | None
@@ -42,20 +40,13 @@ class Subject:
     """How the weights are quantised while they load; None: they stay as they are stored."""
     dtype: str
     """As ``from_pretrained`` takes it."""
-    trust_remote_code: bool
 
     @property
     def kind(self) -> str:
         """What it is, in words."""
         if self.adapter is None:
-            return "exact export" if _is_exact(self.config) else "whole model"
+            return "exact export" if self.base.is_exact_export else "whole model"
         return f"{self.method} adapter"
-
-    @property
-    def num_positions(self) -> int | None:
-        """Tokens the model has positions for, where its config says so."""
-        positions: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return positions
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the adapter's tokenizer if it brings one, else that of the weights.
@@ -65,7 +56,9 @@ class Subject:
         """
         if self.adapter is not None and any((self.adapter / name).is_file() for name in TOKENIZER_FILES):
             return load_tokenizer(str(self.adapter))
-        return load_tokenizer(self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(
+            self.base.name, revision=self.base.revision, trust_remote_code=self.base.trust_remote_code
+        )
 
     def load(self) -> Any:
         """Read the weights.
@@ -83,23 +76,24 @@ class Subject:
         except ConfigError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"model ({self.adapter or self.weights}) cannot be loaded: {error}") from error
+            raise ConfigError(f"model ({self.adapter or self.base.name}) cannot be loaded: {error}") from error
         return model.eval()
 
     def _load_weights(self) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.weights,
-            revision=self.revision,
+            self.base.name,
+            config=copy.deepcopy(self.base.config),
+            revision=self.base.revision,
             dtype=self.dtype,
-            device_map={"": device()},
-            trust_remote_code=self.trust_remote_code,
+            device_map={"": ranks.device()},
+            trust_remote_code=self.base.trust_remote_code,
             output_loading_info=True,
             **self._quantizing(),
         )
         model, info = loaded
         if info["missing_keys"]:
             # transformers fills them with random numbers.
-            raise ConfigError(f"weights ({self.weights}) lack {', '.join(sorted(info['missing_keys'])[:8])}")
+            raise ConfigError(f"weights ({self.base.name}) lack {', '.join(sorted(info['missing_keys'])[:8])}")
         return model
 
     def _quantizing(self) -> dict[str, Any]:
@@ -107,11 +101,6 @@ class Subject:
         if self.quantization is None:
             return {}
         return {"quantization_config": BitsAndBytesConfig(**self.quantization.bitsandbytes_settings())}
-
-
-def device() -> torch.device:
-    """Give the accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def find_subject(settings: EvalSettings) -> Subject:
@@ -142,36 +131,31 @@ def _whole_subject(settings: EvalSettings) -> Subject:
     if settings.base is not None:
         problems.append(f"base ({settings.base}) has no effect: model ({settings.model}) is no adapter; leave it out")
     try:
-        config = _config_of(settings.model, "main", trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(*problems, f"model ({settings.model}) cannot be loaded: {_first_line(error)}") from error
-    if _is_exact(config) and not settings.trust_remote_code:
+        base = inspect(
+            settings.model, trust_remote_code=settings.trust_remote_code, exact=True, without_own_code=LOOK_AT_CODE
+        )
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if base.is_exact_export and not settings.trust_remote_code:
         problems.append(
             f"model ({settings.model}) is an exact export: its modelling code lies beside its weights, and without it "
             "they would be read as another model; look at modeling_goat.py there, then add --trust_remote_code"
         )
     raise_if_any(problems)
     return Subject(
-        weights=settings.model,
-        revision="main",
-        config=config,
+        base=base,
         adapter=None,
         method=None,
         quantization=None,
         dtype=str(settings.dtype),
-        trust_remote_code=settings.trust_remote_code,
     )
-
-
-def _is_exact(config: Any) -> bool:
-    return hasattr(config, "goat")
 
 
 def _adapter_subject(settings: EvalSettings, path: Path) -> Subject:
     peft_config = _peft_config(path)
     goat = read_adapter(path) if peft_config.peft_type == GoatPeftType.GOAT else None
     base = _base_of(path, peft_config, settings)
-    is_stored = stored_quantization(base.config) is not None
+    is_stored = base.stored_quantization is not None
     if goat is not None:
         raise_if_any(_misfits(goat, is_stored=is_stored))
         found = find_base(goat, settings.base, weights=False)
@@ -179,14 +163,11 @@ def _adapter_subject(settings: EvalSettings, path: Path) -> Subject:
             check_base(goat, found)
     trained = goat.quantization if goat else None
     return Subject(
-        weights=base.name,
-        revision=base.revision,
-        config=base.config,
+        base=base,
         adapter=path,
         method=str(getattr(peft_config.peft_type, "value", peft_config.peft_type)),
         quantization=None if is_stored else trained,
         dtype=trained.dtype if trained and settings.dtype is Dtype.AUTO else str(settings.dtype),
-        trust_remote_code=settings.trust_remote_code,
     )
 
 
@@ -196,29 +177,27 @@ def _peft_config(path: Path) -> Any:
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"model ({path}) has no {CONFIG_NAME} that PEFT understands: {_first_line(error)}") from error
+        raise ConfigError(f"model ({path}) has no {CONFIG_NAME} that PEFT understands: {first_line(error)}") from error
 
 
-class _Base(NamedTuple):
-    name: str
-    revision: str
-    config: Any
-
-
-def _base_of(path: Path, peft_config: Any, settings: EvalSettings) -> _Base:
+def _base_of(path: Path, peft_config: Any, settings: EvalSettings) -> Base:
     """Find the base of an adapter by its config."""
     name = settings.base or peft_config.base_model_name_or_path
     if not name:
         raise ConfigError(f"model ({path}) does not say which base it was trained on; give it with --base PATH")
     # A revision that the adapter names is one of the base that it names.
     revision = (None if settings.base else peft_config.revision) or "main"
+    origin = "given with --base" if settings.base else f"which {path} names"
     try:
-        return _Base(name, revision, _config_of(name, revision, trust_remote_code=settings.trust_remote_code))
-    except (OSError, ValueError) as error:
-        origin = "given with --base" if settings.base else f"which {path} names"
-        raise ConfigError(
-            f"base ({name}), {origin}, cannot be loaded: {_first_line(error)}; say where it is with --base PATH"
-        ) from error
+        return inspect(
+            name,
+            named=f"base ({name}), {origin},",
+            revision=revision,
+            trust_remote_code=settings.trust_remote_code,
+            without_own_code=LOOK_AT_CODE,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{error}; say where it is with --base PATH") from error
 
 
 def _misfits(adapter: Adapter, *, is_stored: bool) -> Iterator[str]:
@@ -237,18 +216,6 @@ def _misfits(adapter: Adapter, *, is_stored: bool) -> Iterator[str]:
         )
     if trained or is_stored:
         try:
-            check_backend(device())
+            check_backend(ranks.device())
         except ConfigError as error:
             yield from error.problems
-
-
-def _config_of(model: str, revision: str, *, trust_remote_code: bool) -> Any:
-    stored = config_as_stored(model, revision=revision)
-    # An exact export is told apart later on.
-    if not trust_remote_code and "goat" not in stored and (code := authors_code(stored)):
-        raise ValueError(f"it needs code of its author ({code}); look at that code, then add --trust_remote_code")
-    return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

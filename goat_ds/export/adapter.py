@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from goat_ds.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from goat_ds.export.base import copy_tokenizer, find_base
 from goat_ds.export.card import adapter_card
 from goat_ds.export.folder import check_new, new_folder
 from goat_ds.export.merge_report import Exported, adapter_report
 from goat_ds.export.same_base import check_base
+from goat_ds.export.stored_base import copy_tokenizer, find_base
 
 
 def export_adapter(checkpoint: str | Path, *, output: str | Path, base: str | None = None) -> Exported:

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ExportError
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base, KeyMap
 from goat_ds.export.dequantize import MergeBase, dequantized, dequantized_names
+from goat_ds.export.stored_base import KeyMap, StoredBase
 from goat_ds.export.tensors import StoredTensor
 
 
@@ -57,7 +57,7 @@ def _shape_OI(layer: nn.Module) -> tuple[int, ...]:
     return shape[::-1] if isinstance(layer, Conv1D) else shape
 
 
-def tensors_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> dict[str, StoredTensor]:
+def tensors_to_write(adapter: Adapter, base: StoredBase, merge_base: MergeBase) -> dict[str, StoredTensor]:
     """Lay out the whole routed checkpoint by name: the base's tensors, those trained in their place, the experts'.
 
     Args:
@@ -90,7 +90,7 @@ class BaseTensor(NamedTuple):
     is_converted: bool
 
 
-def base_tensors(adapter: Adapter, base: Base, merge_base: MergeBase, *, folded: bool = True) -> list[BaseTensor]:
+def base_tensors(adapter: Adapter, base: StoredBase, merge_base: MergeBase, *, folded: bool = True) -> list[BaseTensor]:
     """List what the base consists of beside the experts: its own tensors, and those trained whole in their place.
 
     Args:
@@ -117,7 +117,7 @@ def base_tensors(adapter: Adapter, base: Base, merge_base: MergeBase, *, folded:
     return [*found, *(BaseTensor(name, name, tensor, False) for name, tensor in untied.items())]
 
 
-def _check_whole(adapter: Adapter, base: Base, key_of: dict[str, str]) -> None:
+def _check_whole(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> None:
     """Hold that the base's files have every parameter: transformers would draw a missing one at random."""
     ties, have = base.skeleton.all_tied_weights_keys, {*key_of, *adapter.whole}
     have |= {name for pair in ties.items() if have & set(pair) for name in pair}
@@ -126,7 +126,9 @@ def _check_whole(adapter: Adapter, base: Base, key_of: dict[str, str]) -> None:
         raise ExportError(f"base ({base.path}) has no tensor for {shown}; give a base that is whole with --base PATH")
 
 
-def _check_base_layers(adapter: Adapter, base: Base, keys: KeyMap, key_of: dict[str, str], four_bit: set[str]) -> None:
+def _check_base_layers(
+    adapter: Adapter, base: StoredBase, keys: KeyMap, key_of: dict[str, str], four_bit: set[str]
+) -> None:
     ties = base.skeleton.all_tied_weights_keys
     for name in dict.fromkeys([*(f"{path}.weight" for path in adapter.layers), *adapter.whole, *sorted(four_bit)]):
         if name in key_of and keys.is_converted(key_of[name]):
@@ -149,7 +151,9 @@ def _written_name(name: str, adapter: Adapter) -> str:
     return f"{path}.base_layer.{leaf}" if path in adapter.layers else name
 
 
-def _base_tensor(name: str, key: str, adapter: Adapter, base: Base, four_bit: set[str], folded: bool) -> StoredTensor:
+def _base_tensor(
+    name: str, key: str, adapter: Adapter, base: StoredBase, four_bit: set[str], folded: bool
+) -> StoredTensor:
     path, _, leaf = name.rpartition(".")
     tensor = base.tensors[key]
     if name in adapter.whole:
@@ -182,7 +186,7 @@ def trained_ties(adapter: Adapter, skeleton: PreTrainedModel) -> list[tuple[str,
     return [pair for pair in skeleton.all_tied_weights_keys.items() if adapter.whole.keys() & set(pair)]
 
 
-def _untied(adapter: Adapter, base: Base, key_of: dict[str, str]) -> dict[str, StoredTensor]:
+def _untied(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> dict[str, StoredTensor]:
     """Give the tensors that the base's files do not hold, because they are tied there and no longer are."""
     return {
         name: adapter.whole.get(name) or base.tensors[key_of[other]]

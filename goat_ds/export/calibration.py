@@ -13,7 +13,7 @@ from goat_ds.data.sample import SAMPLE_FEATURES, SAMPLE_NAME, Sample, load_sampl
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base
+from goat_ds.export.stored_base import StoredBase
 
 DEFAULT_LENGTH = 1_024
 """Tokens of the longest record, where no run says so."""
@@ -51,7 +51,7 @@ class NamedData(NamedTuple):
 
 def find_tokens(
     adapter: Adapter,
-    base: Base,
+    base: StoredBase,
     *,
     calibration: NamedData,
     heldout: NamedData,
@@ -104,23 +104,23 @@ def find_tokens(
     return TokenSource(sample, calibration_name, ", ".join(heldout.sources) or held_name)
 
 
-def packs_of(dataset: Dataset, base: Base, *, max_length: int) -> Packs:
+def packs_of(dataset: Dataset, base: StoredBase, *, max_length: int) -> Packs:
     """Lay documents out in rows without padding: several to a row, where the architecture keeps them apart."""
-    packing = row_problem(str(base.path)) is None
+    packing = row_problem(base.base) is None
     packed = pack_dataset(dataset, max_length=max_length, packing=packing)
     num_tokens = sum(len(ids) for ids in dataset["input_ids"])
     return Packs(dataset, packed.packs, num_tokens, sum(packed.num_labels))
 
 
-def _num_positions(base: Base) -> int | None:
-    return getattr(base.skeleton.config.get_text_config(), "max_position_embeddings", None)
+def _num_positions(base: StoredBase) -> int | None:
+    return base.base.num_positions
 
 
-def _default_length(base: Base) -> int:
+def _default_length(base: StoredBase) -> int:
     return min(DEFAULT_LENGTH, _num_positions(base) or DEFAULT_LENGTH)
 
 
-def _tokenised(data: NamedData, adapter: Adapter, base: Base, max_length: int) -> Dataset | None:
+def _tokenised(data: NamedData, adapter: Adapter, base: StoredBase, max_length: int) -> Dataset | None:
     if not data.sources:
         return None
     positions = _num_positions(base)

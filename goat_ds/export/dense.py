@@ -21,7 +21,6 @@ from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export.adapter_file import Adapter, read_adapter
-from goat_ds.export.base import copy_terms, copy_tokenizer, find_base
 from goat_ds.export.base_tensors import base_tensors, check_fit
 from goat_ds.export.calibration import NamedData, Packs, TokenSource, find_tokens, packs_of
 from goat_ds.export.card import dense_card, lora_card
@@ -33,6 +32,7 @@ from goat_ds.export.merge import DeltaOf, Merge, dense_config, dense_tensors, wr
 from goat_ds.export.merge_report import MergeReport, merge_report
 from goat_ds.export.refine import Refined, refine
 from goat_ds.export.same_base import check_base
+from goat_ds.export.stored_base import copy_terms, copy_tokenizer, find_base
 from goat_ds.export.tensors import plan_shards, write_shards
 from goat_ds.export.trained import STATIC, TrainedModel, base_model, load_trained
 from goat_ds.method.dense_fit import TOKENS_PER_FEATURE

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base
+from goat_ds.export.stored_base import StoredBase
 from goat_ds.export.tensors import StoredTensor
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.quantized import Packing, bitsandbytes, pack, unpack
@@ -32,7 +32,7 @@ class MergeBase(StrEnum):
     """The base's own, unquantised."""
 
 
-def choose_weights(adapter: Adapter, base: Base, wanted: MergeBase | None) -> MergeBase:
+def choose_weights(adapter: Adapter, base: StoredBase, wanted: MergeBase | None) -> MergeBase:
     """Give the weights to write: those asked for, else those the adapter was trained on.
 
     Raises:
@@ -51,7 +51,7 @@ def choose_weights(adapter: Adapter, base: Base, wanted: MergeBase | None) -> Me
     return choice
 
 
-def _check_stored(adapter: Adapter, base: Base, choice: MergeBase) -> None:
+def _check_stored(adapter: Adapter, base: StoredBase, choice: MergeBase) -> None:
     if choice is MergeBase.W16:
         raise ExportError(
             f"base ({base.path}) is stored in 4 bits and has no unquantised weights for merge_base (w16); give the "
@@ -76,7 +76,7 @@ def start_is_packed(adapter: Adapter, merge_base: MergeBase) -> bool:
     return adapter.is_folded and merge_base is MergeBase.DEQUANT_W4
 
 
-def packing_of_stored(base: Base, key: str) -> Packing:
+def packing_of_stored(base: StoredBase, key: str) -> Packing:
     """Say how a tensor of a 4-bit base is packed, without reading its statistics."""
     blob = next(tensor for name, tensor in base.statistics(key).items() if name.startswith("quant_state."))
     about = bitsandbytes().utils.unpack_tensor_to_dict(blob.read())
@@ -85,7 +85,7 @@ def packing_of_stored(base: Base, key: str) -> Packing:
     )
 
 
-def dequantized_names(adapter: Adapter, base: Base, key_of: dict[str, str]) -> Iterator[str]:
+def dequantized_names(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> Iterator[str]:
     """Walk over the parameters that ``dequant_w4`` writes as what their 4 bits stand for.
 
     Args:
@@ -100,7 +100,7 @@ def dequantized_names(adapter: Adapter, base: Base, key_of: dict[str, str]) -> I
             yield f"{path}.weight"
 
 
-def dequantized(name: str, key: str, adapter: Adapter, base: Base) -> StoredTensor:
+def dequantized(name: str, key: str, adapter: Adapter, base: StoredBase) -> StoredTensor:
     """Give a linear layer's weight as what its 4 bits stand for, in the adapter's dtype; computed when it is read.
 
     Args:
@@ -120,7 +120,7 @@ def _as_stored(read_OI: partial[Tensor], transposed: bool) -> Tensor:
     return weight_OI.T if transposed else weight_OI
 
 
-def _packed_again_OI(name: str, key: str, adapter: Adapter, base: Base) -> Tensor:
+def _packed_again_OI(name: str, key: str, adapter: Adapter, base: StoredBase) -> Tensor:
     path, trained = name.rpartition(".")[0], adapter.quantization
     assert trained is not None
     # A copy, because what was read is the file itself.
@@ -134,7 +134,7 @@ def _packed_again_OI(name: str, key: str, adapter: Adapter, base: Base) -> Tenso
     return unpack(bytes_N, trained.packing, shape=shape, dtype=_compute_dtype(trained)).to(adapter.dtype)
 
 
-def _unpacked_OI(name: str, key: str, adapter: Adapter, base: Base) -> Tensor:
+def _unpacked_OI(name: str, key: str, adapter: Adapter, base: StoredBase) -> Tensor:
     functional: Any = bitsandbytes().functional
     statistics = {name: tensor.read() for name, tensor in base.statistics(key).items()}
     state = functional.QuantState.from_dict(statistics, device=torch.device("cpu"))

@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig
 from goat_ds.errors import ExportError
 from goat_ds.export import modeling_goat
 from goat_ds.export.adapter_file import Adapter, read_adapter
-from goat_ds.export.base import Base, KeyMap, copy_terms, copy_tokenizer, find_base
 from goat_ds.export.base_tensors import check_fit, tensors_to_write, trained_ties
 from goat_ds.export.card import exact_card
 from goat_ds.export.dequantize import MergeBase, choose_weights
 from goat_ds.export.folder import check_new, check_room, new_folder
 from goat_ds.export.merge_report import Exported, exact_report
 from goat_ds.export.same_base import check_base
+from goat_ds.export.stored_base import KeyMap, StoredBase, copy_terms, copy_tokenizer, find_base
 from goat_ds.export.tensors import StoredTensor, plan_shards, write_shards
 
 
@@ -75,7 +75,7 @@ def export_exact(
     return Exported(adapter, report)
 
 
-def config_to_write(adapter: Adapter, base: Base, merge_base: MergeBase) -> PreTrainedConfig:
+def config_to_write(adapter: Adapter, base: StoredBase, merge_base: MergeBase) -> PreTrainedConfig:
     """Give the base's config, with what ``modeling_goat`` needs to know beside it."""
     config = copy.deepcopy(base.skeleton.config)
     config.architectures = [modeling_goat.GoatForCausalLM.__name__]

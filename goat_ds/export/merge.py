@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.export.adapter_file import KEY_PREFIX, WEIGHTS_NAME, Adapter
-from goat_ds.export.base import Base
 from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.dequantize import MergeBase, start_is_packed
+from goat_ds.export.stored_base import StoredBase
 from goat_ds.export.tensors import StoredTensor, read_unmapped
 from goat_ds.method.dense_fit import dense_factors, merged
 from goat_ds.method.spectrum import Factors
@@ -32,7 +32,7 @@ class Merge(NamedTuple):
     """What is merged with what."""
 
     adapter: Adapter
-    base: Base
+    base: StoredBase
     merge_base: MergeBase
     dtype: torch.dtype | None
     """Of the weights written and the models compared; None: as on disk and as in training."""

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base
 from goat_ds.export.calibration import TokenSource
 from goat_ds.export.compare import Comparison, Reference
 from goat_ds.export.dequantize import MergeBase
 from goat_ds.export.fit import Fit, LayerFit
 from goat_ds.export.merge import Merge
 from goat_ds.export.refine import Refined
+from goat_ds.export.stored_base import StoredBase
 
 REPORT_NAME = "export_report.json"
 MERGE_REPORT_NAME = "merge_report.json"
@@ -215,12 +215,12 @@ class Exported(NamedTuple):
     report: ExportReport
 
 
-def adapter_report(adapter: Adapter, base: Base) -> ExportReport:
+def adapter_report(adapter: Adapter, base: StoredBase) -> ExportReport:
     """Report on an adapter folder."""
     return _report("adapter", adapter, base, None, "the adapter's tensors, bit for bit; no weight of the base")
 
 
-def exact_report(adapter: Adapter, base: Base, *, merge_base: MergeBase, dtype: torch.dtype) -> ExportReport:
+def exact_report(adapter: Adapter, base: StoredBase, *, merge_base: MergeBase, dtype: torch.dtype) -> ExportReport:
     """Report on an exact folder.
 
     Args:
@@ -232,7 +232,7 @@ def exact_report(adapter: Adapter, base: Base, *, merge_base: MergeBase, dtype: 
     return _report("exact", adapter, base, merge_base, _values(adapter, base, merge_base, dtype))
 
 
-def _report(mode: str, adapter: Adapter, base: Base, merge_base: MergeBase | None, values: str) -> ExportReport:
+def _report(mode: str, adapter: Adapter, base: StoredBase, merge_base: MergeBase | None, values: str) -> ExportReport:
     return ExportReport(
         mode=mode,
         base=hub_name(base.name) or base.path.name,
@@ -248,7 +248,7 @@ def hub_name(base: str) -> str | None:
     return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
 
 
-def _values(adapter: Adapter, base: Base, merge_base: MergeBase, dtype: torch.dtype) -> str:
+def _values(adapter: Adapter, base: StoredBase, merge_base: MergeBase, dtype: torch.dtype) -> str:
     trained = adapter.quantization
     if trained and merge_base is MergeBase.W16:
         return f"not those of training, which computed with 4-bit weights ({trained.packing})"

@@ -4,11 +4,11 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ExportError
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base, KeyMap
+from goat_ds.export.stored_base import KeyMap, StoredBase
 from goat_ds.tuner.fingerprint import LayerSample, fingerprint, sample_layer
 
 
-def check_base(adapter: Adapter, base: Base) -> None:
+def check_base(adapter: Adapter, base: StoredBase) -> None:
     """Hold that a base has the weights that the adapter was trained on.
 
     It is not known where the adapter was trained on a base that was stored in 4 bits, or this one is.
@@ -32,7 +32,7 @@ def check_base(adapter: Adapter, base: Base) -> None:
         )
 
 
-def _samples(adapter: Adapter, base: Base) -> dict[str, LayerSample]:
+def _samples(adapter: Adapter, base: StoredBase) -> dict[str, LayerSample]:
     """Sample the adapted layers that a base's files hold; none where one is part of another tensor, or made of some."""
     keys, ties = KeyMap(base.skeleton), base.skeleton.all_tied_weights_keys
     key_of = {name: key for key in base.tensors if (name := keys.parameter(key))}

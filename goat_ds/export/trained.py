@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from goat_ds.distributed import ranks
 from goat_ds.export.adapter_file import Adapter
-from goat_ds.export.base import Base
 from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.dequantize import MergeBase, start_is_packed
+from goat_ds.export.stored_base import StoredBase
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Factors, Start
 from goat_ds.tuner.config import GoatConfig, Residual
@@ -30,7 +30,7 @@ from goat_ds.tuner.model import GoatModel, named_experts
 TRAINED, STATIC = "default", "static"
 
 
-def base_model(adapter: Adapter, base: Base, tensors: list[BaseTensor], *, dtype: torch.dtype) -> PreTrainedModel:
+def base_model(adapter: Adapter, base: StoredBase, tensors: list[BaseTensor], *, dtype: torch.dtype) -> PreTrainedModel:
     """Build the base from the tensors that an export would write, on this process's device, in eval mode."""
     config = copy.deepcopy(base.skeleton.config)
     if base.is_4bit:
@@ -103,7 +103,7 @@ def _plain_low_rank(trained: GoatExperts, delta: Factors) -> GoatExperts:
     return plain
 
 
-def load_trained(adapter: Adapter, base: Base, merge_base: MergeBase, *, dtype: torch.dtype) -> TrainedModel:
+def load_trained(adapter: Adapter, base: StoredBase, merge_base: MergeBase, *, dtype: torch.dtype) -> TrainedModel:
     """Load what was trained, with its experts, for inference.
 
     A start that was folded into an unquantised base stands beside it here, as in what will be written.

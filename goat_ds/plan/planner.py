@@ -8,14 +8,14 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
+from goat_ds.base.inspect import Base
 from goat_ds.plan import loading
 from goat_ds.plan.loading import Decompositions
 from goat_ds.plan.memory import Memory, Place, Run, in_training
 from goat_ds.plan.skeleton import Skeleton, build
 from goat_ds.plan.timeline import Timeline, record
-from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.zero import ds_config, sizes
 from goat_ds.zero.ds_config import EngineSettings
@@ -32,8 +32,8 @@ MOST_GPUS = 1024
 class PlanSettings:
     """What decides over a run's needs."""
 
-    model: str
-    """Folder or hub name; only its config is read."""
+    base: Base
+    """What is trained on."""
     goat: GoatConfig
     """The adapter."""
     quantization: BaseQuantization | None
@@ -99,7 +99,7 @@ class Planner:
         # FlashAttention-2 runs on GPUs only; a fused kernel without a mask holds the same.
         attention = Attention.SDPA if settings.attention is Attention.FLASH_ATTENTION_2 else settings.attention
         return build(
-            settings.model,
+            settings.base,
             settings.goat,
             dtype=settings.dtype,
             attention=str(attention),
@@ -121,8 +121,8 @@ class Planner:
     @cached_property
     def is_mapped(self) -> bool:
         """Whether a base that becomes 4-bit can stay in its files until then, as far as its config says."""
-        config = AutoConfig.from_pretrained(self.settings.model, trust_remote_code=False)
-        return stored_quantization(config) is not None or config.dtype in (None, self.settings.dtype)
+        base = self.settings.base
+        return base.is_4bit or base.config.dtype in (None, self.settings.dtype)
 
     def run(self, world_size: int) -> Run:
         """Give the run on so many ranks."""

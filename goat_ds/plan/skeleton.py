@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize, stored_quantization
+from goat_ds.base.inspect import Base
+from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear
@@ -85,7 +84,7 @@ class Skeleton:
 
 
 def build(
-    model: str,
+    base: Base,
     goat: GoatConfig,
     *,
     dtype: torch.dtype,
@@ -96,37 +95,30 @@ def build(
     """Put the adapter on a model without weights; what is wrong with either must have been told before.
 
     Args:
-        model: Folder or hub name; only its config is read.
+        base: What it is.
         goat: The adapter's settings.
         dtype: Of the weights.
         attention: Attention code.
         quantization: How the base becomes 4-bit; None: it does not, unless it is stored so.
         compute_dtype: What 4-bit weights are unpacked to.
     """
-    # What an engine of this process told transformers must not shard what has no memory.
-    unset_hf_deepspeed_config()
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    stored = stored_quantization(config)
+    stored = base.stored_quantization
     if stored is not None:
         quantization = _as_stored(stored, dtype=dtype, compute_dtype=compute_dtype)
-        del config.quantization_config
-    with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, dtype=dtype, attn_implementation=attention
-        )
-    chosen = {} if quantization is None else dict(layers_to_quantize(base, kept=quantization.kept))
+    model: Any = base.skeleton(unquantized=True, dtype=dtype, attn_implementation=attention)
+    chosen = {} if quantization is None else dict(layers_to_quantize(model, kept=quantization.kept))
     shapes = {path: linear_shape(layer) for path, layer in chosen.items()}
     becomes_4bit = {} if stored is not None else shapes
     if quantization is not None:
-        _make_4bit(base, quantization, dtype=dtype)
-    packed = {path: base.get_submodule(path).weight.numel() for path in shapes}
-    base.config.use_cache = False
-    base.train()
+        _make_4bit(model, quantization, dtype=dtype)
+    packed = {path: model.get_submodule(path).weight.numel() for path in shapes}
+    model.config.use_cache = False
+    model.train()
     settings = GoatConfig(**{**copy.deepcopy(goat).to_dict(), "deferred": True})
     fitted = get_peft_model(
-        base, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+        model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
     )
-    starts = {item.path: linear_shape(item.layer.get_base_layer()) for item in named_experts(base, ADAPTER_NAME)}
+    starts = {item.path: linear_shape(item.layer.get_base_layer()) for item in named_experts(model, ADAPTER_NAME)}
     decomposed = frozenset(starts) if settings.init.decomposes else frozenset()
     for item in named_experts(fitted, ADAPTER_NAME):
         item.experts.ready = True
@@ -153,8 +145,8 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _make_4bit(base: Any, quantization: BaseQuantization, *, dtype: torch.dtype) -> None:
-    for path, layer in list(layers_to_quantize(base, kept=quantization.kept)):
+def _make_4bit(model: Any, quantization: BaseQuantization, *, dtype: torch.dtype) -> None:
+    for path, layer in list(layers_to_quantize(model, kept=quantization.kept)):
         shape = linear_shape(layer)
         num_bytes = quantization.packing.num_bytes(shape[0] * shape[1])
         packed = QuantizedLinear(
@@ -166,7 +158,7 @@ def _make_4bit(base: Any, quantization: BaseQuantization, *, dtype: torch.dtype)
             compute_dtype=getattr(torch, quantization.compute_dtype),
             weight_dtype=dtype,
         )
-        base.set_submodule(path, packed)
+        model.set_submodule(path, packed)
 
 
 def _held(model: nn.Module) -> Iterator[Held]:

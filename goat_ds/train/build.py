@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from goat_ds.distributed.ranks import say
 from goat_ds.errors import raised_everywhere
 from goat_ds.train.config import TrainConfig
-from goat_ds.train.preflight import filled_ds_config, model_name
+from goat_ds.train.inputs import Inputs
 from goat_ds.train.resume import allow_or_refuse
 from goat_ds.tuner.fit_sums import static_config
 from goat_ds.zero import checkpoint as checkpoints
@@ -22,14 +22,14 @@ from goat_ds.zero.dense_finish import train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
 
 
-def build(config: TrainConfig, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
+def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
     """Load the base, start its experts or go on from a checkpoint's, give both to DeepSpeed. A collective."""
+    config, engine_config = inputs.config, inputs.engine_config
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
         raise raised_everywhere(f"warmup_steps ({warmup_steps}) must be below the steps of the run ({num_steps})")
-    engine_config = filled_ds_config(config)
     base = engines.load_base(
-        model_name(config),
+        inputs.base,
         precision=config.precision,
         attention=engines.choose_attention(config.attn, precision=config.precision),
         engine_config=engine_config,
@@ -72,7 +72,7 @@ def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> 
     found = model.peft_config[engines.ADAPTER_NAME].base_fingerprint
     expected, name = checkpoint.adapter.get("base_fingerprint"), checkpoint.run["settings"]["model"]
     if expected and found != expected:
-        change = f"model ({model_name(config)}) has other weights than the base that the run began with; give that base"
+        change = f"model ({config.base_name}) has other weights than the base that the run began with; give that base"
         allow_or_refuse(config, change)
     elif not expected and config.model != name:
         change = (

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from goat_ds import demo
 from goat_ds.data import DataFormat
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError
@@ -195,6 +196,21 @@ class TrainConfig:
     def is_demo(self) -> bool:
         """Whether the run trains the embedded demo, because neither model nor data is given."""
         return self.model is None and not self.data
+
+    @property
+    def base_name(self) -> str:
+        """Folder or hub name of the base."""
+        return self.model or str(demo.base_path())
+
+    @property
+    def train_sources(self) -> list[str]:
+        """The sources to train on."""
+        return [str(demo.train_data())] if self.is_demo else list(self.data or ())
+
+    @property
+    def eval_sources(self) -> list[str]:
+        """The held-out sources; may be empty."""
+        return [str(demo.heldout_data())] if self.is_demo and not self.eval_data else list(self.eval_data or ())
 
     @property
     def folder(self) -> Path:

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from goat_ds.data import BatchPlan, Packed, content_digest, load_tokenizer, pack_dataset, prepare
+from goat_ds.data import BatchPlan, Packed, Tokenised, content_digest, pack_dataset, prepare
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
 from goat_ds.distributed import ranks
 from goat_ds.distributed.ranks import say
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.config import TrainConfig
-from goat_ds.train.preflight import eval_sources, model_name, train_sources
+from goat_ds.train.inputs import Inputs
 
 
 class Tokens(NamedTuple):
@@ -23,33 +22,41 @@ class Tokens(NamedTuple):
     packed: Packed
 
 
-def load_all_tokens(config: TrainConfig) -> tuple[Tokens, Tokens | None]:
-    """Give the training data and the held-out data, if there is any. A collective."""
-    tokenizer = load_tokenizer(model_name(config))
-    tokens = load_tokens(config, tokenizer, train_sources(config), split=config.split)
-    if not eval_sources(config):
-        return tokens, None
-    return tokens, load_tokens(config, tokenizer, eval_sources(config), split=config.eval_split)
+def load_all_tokens(inputs: Inputs) -> tuple[Tokens, Tokens | None]:
+    """Return the training data and the held-out data, if there is any: tokenised once a node, packed. A collective.
+
+    Raises:
+        ConfigError: with all that is wrong with either.
+    """
+    config = inputs.config
+    asked = [(config.train_sources, config.split), (config.eval_sources, config.eval_split)]
+    asked = [(sources, split) for sources, split in asked if sources]
+    tokenised = ranks.first_on_node_then_others(lambda: _prepare_all(inputs, asked))
+    tokens, *heldout = [_packed(config, sources, found) for (sources, _), found in zip(asked, tokenised, strict=True)]
+    return tokens, heldout[0] if heldout else None
 
 
-def load_tokens(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[str],
-    *,
-    split: str,
-) -> Tokens:
-    """Tokenise once a node, read the cache everywhere, pack. A collective."""
-    tokenised = ranks.first_on_node_then_others(
-        lambda: prepare(
-            sources,
-            tokenizer,
-            max_length=config.max_length,
-            cache_dir=Path(config.token_cache),
-            data_format=config.data_format,
-            split=split,
-        ),
-    )
+def _prepare_all(inputs: Inputs, asked: Sequence[tuple[Sequence[str], str]]) -> list[Tokenised]:
+    found, problems = [], list[str]()
+    for sources, split in asked:
+        try:
+            found.append(
+                prepare(
+                    sources,
+                    inputs.tokenizer,
+                    max_length=inputs.config.max_length,
+                    cache_dir=Path(inputs.config.token_cache),
+                    data_format=inputs.config.data_format,
+                    split=split,
+                )
+            )
+        except ConfigError as error:
+            problems += error.problems
+    raise_if_any(problems)
+    return found
+
+
+def _packed(config: TrainConfig, sources: Sequence[str], tokenised: Tokenised) -> Tokens:
     packed = pack_dataset(tokenised.dataset, max_length=config.max_length, packing=config.packing)
     if not ranks.is_same_everywhere(f"{tokenised.report} {packed.num_labels}"):
         raise ConfigError(f"data ({', '.join(sources)}) is not the same on every node; copy the same files to all")

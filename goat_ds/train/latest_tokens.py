@@ -6,9 +6,8 @@ from typing import Any
 from goat_ds.data import Batches, label_loss_sum
 from goat_ds.distributed.ranks import say
 from goat_ds.train.build import schedule_of
-from goat_ds.train.config import TrainConfig
+from goat_ds.train.inputs import Inputs
 from goat_ds.train.metrics import Metrics
-from goat_ds.train.preflight import filled_ds_config
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.dense_finish import finish_densely, tokens_to_fit
@@ -18,7 +17,7 @@ def finish(
     engine: Any,
     stream: Batches,
     step: int,
-    config: TrainConfig,
+    inputs: Inputs,
     metrics: Metrics,
     *,
     num_steps: int,
@@ -29,8 +28,8 @@ def finish(
         engine,
         run=tokens.run,
         counts=tokens.counts,
-        engine_config=filled_ds_config(config),
-        schedule=schedule_of(config, num_steps=num_steps),
+        engine_config=inputs.engine_config,
+        schedule=schedule_of(inputs.config, num_steps=num_steps),
     )
     say(f"dense finish after step {step}: {done}")
     metrics.record_finish(step, **done.numbers())

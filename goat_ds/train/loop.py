@@ -14,10 +14,10 @@ from goat_ds.errors import Interrupted
 from goat_ds.train.build import build
 from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
 from goat_ds.train.health import Health
+from goat_ds.train.inputs import Inputs
 from goat_ds.train.latest_tokens import finish
 from goat_ds.train.metrics import Metrics, StepTotals
 from goat_ds.train.objective import objective
-from goat_ds.train.preflight import filled_ds_config
 from goat_ds.train.resume import Resumption, check_phase, set_damaged_aside
 from goat_ds.train.saving import RunMemory, save
 from goat_ds.train.signals import Signals
@@ -30,6 +30,7 @@ from goat_ds.zero.dense_finish import check_enough
 
 def train(
     resumption: Resumption,
+    inputs: Inputs,
     signals: Signals,
     *,
     step_done: Callable[[int], None] = lambda step: None,
@@ -37,7 +38,8 @@ def train(
     """Train as the settings say. A collective; the settings must have passed ``preflight``.
 
     Args:
-        resumption: The settings, and where the run begins.
+        resumption: Where the run begins.
+        inputs: The settings and what they point at.
         signals: What may end it.
         step_done: Called with every step that is done.
 
@@ -47,12 +49,12 @@ def train(
     Raises:
         TrainingError: the run stopped itself; the last checkpoint is whole.
     """
-    course = course_of(resumption)
+    course = course_of(resumption, inputs)
     checkpoint, done = resumption.checkpoint, course.memory.steps_done
     if checkpoint and done >= course.num_steps:
         say(f"resume: all {course.num_steps} steps are done, nothing is left to do")
         return checkpoint.folder
-    run = Run(resumption, course)
+    run = Run(resumption, inputs, course)
     run.finish_where_it_was_due(checkpoint is not None)
     signals.saves = True
     for step, batch in run.steps():
@@ -85,10 +87,10 @@ class Course(NamedTuple):
     """Writes the sample of the data that checkpoints keep, on the rank that does so."""
 
 
-def course_of(resumption: Resumption) -> Course:
+def course_of(resumption: Resumption, inputs: Inputs) -> Course:
     """Read and pack the data, and hold that a checkpoint is of the run that the settings make. A collective."""
-    config = resumption.config
-    tokens, heldout = load_all_tokens(config)
+    config = inputs.config
+    tokens, heldout = load_all_tokens(inputs)
     plan = batch_plan(config, tokens.packed, global_batch_size=resumption.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
     course = Course(
@@ -116,13 +118,13 @@ class Stepped(NamedTuple):
 class Run:
     """A run with its weights read. Every method is a collective."""
 
-    def __init__(self, resumption: Resumption, course: Course) -> None:
-        config, checkpoint = resumption.config, resumption.checkpoint
-        self.config, self.course = config, course
+    def __init__(self, resumption: Resumption, inputs: Inputs, course: Course) -> None:
+        config, checkpoint = inputs.config, resumption.checkpoint
+        self.inputs, self.config, self.course = inputs, config, course
         self.done = course.memory.steps_done
         self.saved = checkpoint and checkpoint.folder
         """The last checkpoint."""
-        self.engine = build(config, num_steps=course.num_steps, checkpoint=checkpoint)
+        self.engine = build(inputs, num_steps=course.num_steps, checkpoint=checkpoint)
         if course.finish_after and self.done <= course.finish_after:
             num_tokens = num_tokens_until(course.finish_after, course.plan, course.tokens.dataset)
             check_enough(engines.peft_model(self.engine), num_tokens)
@@ -138,7 +140,7 @@ class Run:
         self.health = Health(
             course.tokens.dataset,
             precision=config.precision,
-            suspects=ds_config.untried_zero(filled_ds_config(config)),
+            suspects=ds_config.untried_zero(inputs.engine_config),
         )
         self.batches = batches(course.tokens.dataset, course.plan, world_rank=ranks.get_rank())
 
@@ -210,7 +212,7 @@ class Run:
                 self.engine,
                 self.batches,
                 step,
-                self.config,
+                self.inputs,
                 self.metrics,
                 num_steps=self.course.num_steps,
             )

@@ -1,75 +1,54 @@
 """Everything that can be wrong with a run and can be known before a weight is read, in one message."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from goat_ds import demo
 from goat_ds.base.packing_probe import row_problem
-from goat_ds.data import check_sources, load_tokenizer
+from goat_ds.data import check_sources
 from goat_ds.distributed import ranks
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.plan import Planner, PlanSettings
 from goat_ds.train.config import AUTO, TrainConfig
+from goat_ds.train.inputs import Inputs, read_inputs, with_4bit
 from goat_ds.train.resume import Resumption
 from goat_ds.zero import ds_config, engine, sizes
 from goat_ds.zero.checkpoint import Checkpoint
-from goat_ds.zero.ds_config import EngineSettings, Precision
+from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention
 
 REQUIRED_TO_PLAN = ("model",)
 """Settings that a plan needs, unless it is the embedded demo's."""
 
 
-def model_name(config: TrainConfig) -> str:
-    """Give the folder or hub name of the base."""
-    return config.model or str(demo.base_path())
+def check(resumption: Resumption) -> Inputs:
+    """Return what the settings of a run point at, when nothing is wrong with them. A collective.
+
+    Data is parsed here only where something else is wrong, to tell all at once: else it is tokenised next, which
+    finds the same.
+
+    Raises:
+        ConfigError: with every problem; all ranks raise the same.
+    """
+    inputs = read_inputs(resumption.config)
+
+    def check_here() -> None:
+        if found := list(problems(resumption, inputs)):
+            raise_if_any([*found, *data_problems(inputs.config)])
+
+    # One process a node looks; what it finds ends all of them.
+    ranks.agree(lambda: check_here() if ranks.is_first_on_node() else None)
+    return inputs
 
 
-def train_sources(config: TrainConfig) -> list[str]:
-    """Give the sources to train on."""
-    return [str(demo.train_data())] if config.is_demo else list(config.data or ())
-
-
-def eval_sources(config: TrainConfig) -> list[str]:
-    """Give the held-out sources; may be empty."""
-    return [str(demo.heldout_data())] if config.is_demo and not config.eval_data else list(config.eval_data or ())
-
-
-def engine_settings(config: TrainConfig, *, world_size: int, raw: dict[str, Any]) -> EngineSettings:
-    """Give what the flags say about the engine."""
-    return EngineSettings(
-        world_size=world_size,
-        micro_batch_size=config.micro_batch_size,
-        grad_accum_steps=config.grad_accum_steps,
-        precision=config.precision,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adam_betas=config.adam_betas,
-        adam_eps=config.adam_eps,
-        max_grad_norm=config.max_grad_norm,
-        # DeepSpeed's fused Adam is for CUDA; with offload it takes its own CPU Adam.
-        torch_adam=not ranks.has_cuda() and not ds_config.offloads_optimizer(raw),
-    )
-
-
-def filled_ds_config(config: TrainConfig) -> dict[str, Any]:
-    """Give the run's DeepSpeed config with every "auto" filled in; ``problems`` must have found none."""
-    assert config.ds_config is not None
-    raw, _ = ds_config.read(config.ds_config)
-    return ds_config.fill(raw, engine_settings(config, world_size=ranks.get_world_size(), raw=raw))
-
-
-def problems(resumption: Resumption) -> Iterator[str]:
-    """Say everything that is wrong, one line each. Reads configs and data, no weights."""
-    config = resumption.config
+def problems(resumption: Resumption, inputs: Inputs) -> Iterator[str]:
+    """Yield everything that is wrong but with the data, one line each. Reads no weights."""
+    config = inputs.config
     numbers = list(config.problems())
     yield from numbers
     yield from resumption.problems
     yield from _folder_problems(config, resumption)
-    base = _look_at_base(config)
-    yield from _ds_config_problems(config, world_size=ranks.get_world_size(), base_is_4bit=base.is_4bit)
-    if config.bnb_4bit_compute_dtype is not None and not base.is_4bit:
+    yield from _ds_config_problems(inputs)
+    if config.bnb_4bit_compute_dtype is not None and not inputs.is_4bit:
         yield (
             f"bnb_4bit_compute_dtype ({config.bnb_4bit_compute_dtype}) has no effect on an unquantised base; use "
             "load_in_4bit, or leave it out"
@@ -78,70 +57,66 @@ def problems(resumption: Resumption) -> Iterator[str]:
         if getattr(config, name) is Precision.FP16 and not engine.supports_fp16():
             yield f"{name} (fp16) is not supported by this device; use bf16 or fp32"
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
-    if config.model or config.is_demo:
-        # With wrong numbers the adapter cannot be put anywhere.
-        found = list(_model_problems(resumption, is_readable=base.is_readable, rehearsable=not numbers))
-        # What both the config and the tokenizer are missing is told once.
-        yield from dict.fromkeys([*base.problems, *found])
-    yield from check_sources(train_sources(config), data_format=config.data_format, split=config.split)
-    yield from check_sources(eval_sources(config), data_format=config.data_format, split=config.eval_split)
+    # What config and tokenizer are both missing is told once; with wrong numbers no adapter can be put anywhere.
+    yield from dict.fromkeys([*inputs.unreadable, *_model_problems(resumption, inputs, rehearsable=not numbers)])
 
 
-def _ds_config_problems(config: TrainConfig, *, world_size: int, base_is_4bit: bool) -> Iterator[str]:
-    if config.ds_config is None:
-        return
-    raw, unreadable = ds_config.read(config.ds_config)
-    yield from unreadable
-    if not unreadable:
-        settings = engine_settings(config, world_size=world_size, raw=raw)
-        found = list(ds_config.problems(raw, settings, base_is_4bit=base_is_4bit))
+def data_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield what is wrong with the data, one line each; parses all of it and tokenises nothing."""
+    yield from check_sources(config.train_sources, data_format=config.data_format, split=config.split)
+    yield from check_sources(config.eval_sources, data_format=config.data_format, split=config.eval_split)
+
+
+def _ds_config_problems(inputs: Inputs) -> Iterator[str]:
+    if inputs.found_ds_config is not None:
+        found = list(ds_config.problems(inputs.raw_ds_config, inputs.engine_settings, base_is_4bit=inputs.is_4bit))
         yield from found or _raised_by(
-            lambda: sizes.read(ds_config.fill(raw, settings), model_dtype=engine.DTYPES[config.precision])
+            lambda: sizes.read(inputs.engine_config, model_dtype=engine.DTYPES[inputs.config.precision])
         )
 
 
-def plan_problems(config: TrainConfig, *, world_size: int) -> Iterator[str]:
-    """Say everything that keeps a plan from being made, one line each; it needs neither data nor a folder."""
-    if world_size < 1:
-        yield f"world_size ({world_size}) must be at least 1"
+def plan_problems(inputs: Inputs) -> Iterator[str]:
+    """Yield everything that keeps a plan from being made, one line each; it needs neither data nor a folder."""
+    config = inputs.config
+    if inputs.world_size < 1:
+        yield f"world_size ({inputs.world_size}) must be at least 1"
         return
     numbers = list(config.problems(required=REQUIRED_TO_PLAN))
     yield from numbers
+    yield from inputs.unreadable
     if not (config.model or config.is_demo):
         return
-    base = _look_at_base(config)
-    yield from _ds_config_problems(config, world_size=world_size, base_is_4bit=base.is_4bit)
+    yield from _ds_config_problems(inputs)
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
-    yield from base.problems
-    if not base.is_readable:
+    base = inputs.found_base
+    if base is None:
         return
-    model = model_name(config)
-    unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=None)))
+    quantization = config.quantization()
+    yield from engine.four_bit_problems(base, quantization=quantization, residual=config.residual)
+    unfit = list(base.misfits(max_length=config.max_length, tokenizer=None))
     if not numbers:
-        unfit += _raised_by(lambda: engine.rehearse(model, config.goat(), quantization=config.quantization()))
+        unfit += _raised_by(lambda: engine.rehearse(base, config.goat(), quantization=quantization))
     yield from dict.fromkeys(unfit)
 
 
-def planner_of(config: TrainConfig, *, world_size: int, num_labels: int | None = None) -> Planner:
-    """Give what plans a run; ``plan_problems`` must have found none.
+def planner_of(inputs: Inputs, *, num_labels: int | None = None) -> Planner:
+    """Return what plans a run; ``plan_problems`` must have found none.
 
     Args:
-        config: Of the run.
-        world_size: Number of ranks.
+        inputs: Of the run.
         num_labels: Most label tokens of a micro-batch; None: every token may be one.
     """
-    assert config.ds_config is not None
-    raw, _ = ds_config.read(config.ds_config)
-    as_4bit = dataclasses.replace(config, load_in_4bit=True).quantization()
+    config = inputs.config
+    as_4bit = with_4bit(config).quantization()
     assert as_4bit is not None
     return Planner(
         PlanSettings(
-            model=model_name(config),
+            base=inputs.base,
             goat=config.goat(),
             quantization=config.quantization(),
             as_4bit=as_4bit,
-            ds_config=raw,
-            engine=engine_settings(config, world_size=world_size, raw=raw),
+            ds_config=inputs.raw_ds_config,
+            engine=inputs.engine_settings,
             compute_dtype=engine.DTYPES[config.bnb_4bit_compute_dtype or config.precision],
             max_length=config.max_length,
             num_labels=num_labels,
@@ -168,52 +143,35 @@ def _folder_problems(config: TrainConfig, resumption: Resumption) -> Iterator[st
         )
 
 
-class _Base(NamedTuple):
-    """What the base's config says of 4 bits."""
-
-    is_4bit: bool
-    problems: list[str]
-    is_readable: bool
-    """Whether there is a config. It may be asked for over a network, which tries for a while: not again, then."""
-
-
-def _look_at_base(config: TrainConfig) -> _Base:
+def _model_problems(resumption: Resumption, inputs: Inputs, *, rehearsable: bool) -> Iterator[str]:
+    config, base, tokenizer = inputs.config, inputs.found_base, None
     if not (config.model or config.is_demo):
-        return _Base(config.load_in_4bit, [], False)
-    model = model_name(config)
+        return
     try:
-        found = engine.check_4bit(model, quantization=config.quantization(), residual=config.residual)
-    except ConfigError as error:
-        return _Base(config.load_in_4bit, list(error.problems), False)
-    return _Base(*found, True)
-
-
-def _model_problems(resumption: Resumption, *, is_readable: bool, rehearsable: bool) -> Iterator[str]:
-    config, checkpoint = resumption.config, resumption.checkpoint
-    model, tokenizer = model_name(config), None
-    try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = inputs.tokenizer
     except ConfigError as error:
         yield from error.problems
-    if not is_readable:
+    if base is None:
         return
-    unfit = list(_raised_by(lambda: engine.check_base(model, max_length=config.max_length, tokenizer=tokenizer)))
+    quantization = config.quantization()
+    yield from engine.four_bit_problems(base, quantization=quantization, residual=config.residual)
+    unfit = list(base.misfits(max_length=config.max_length, tokenizer=tokenizer))
     yield from unfit
     if not unfit:
-        leak = row_problem(model, attention="eager" if config.attn is Attention.EAGER else "sdpa")
+        leak = row_problem(base, attention="eager" if config.attn is Attention.EAGER else "sdpa")
         yield from [leak] if leak else []
     if rehearsable:
         try:
-            shapes = engine.rehearse(model, config.goat(), quantization=config.quantization())
+            shapes = engine.rehearse(base, config.goat(), quantization=quantization)
         except ConfigError as error:
             yield from error.problems
             return
-        if checkpoint is not None:
-            yield from _misfits_of(checkpoint, shapes)
+        if resumption.checkpoint is not None:
+            yield from _misfits_of(resumption.checkpoint, shapes)
 
 
 def _misfits_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Say whether a checkpoint's adapter is one of this model; a dense finish has taken its routers."""
+    """Yield why a checkpoint's adapter is not one of this model; a dense finish has taken its routers."""
     expected = {name: shape for name, shape in shapes.items() if checkpoint.is_routed or not name.endswith("router")}
     wrong = [
         name

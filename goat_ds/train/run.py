@@ -13,13 +13,14 @@ from goat_ds.distributed import nodes, ranks
 from goat_ds.distributed.lock import locked
 from goat_ds.distributed.ranks import say
 from goat_ds.distributed.watch import Watch, watching
-from goat_ds.errors import ConfigError, GoatError, Interrupted, raise_if_any
+from goat_ds.errors import ConfigError, GoatError, Interrupted
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.data import Tokens, digest_on_first, load_all_tokens
 from goat_ds.train.environment import build_locks, first_rank_address, settle_ranks, world_rank_from_environment
+from goat_ds.train.inputs import Inputs
 from goat_ds.train.loop import train
-from goat_ds.train.preflight import planner_of, problems
+from goat_ds.train.preflight import check, planner_of
 from goat_ds.train.resume import look
 from goat_ds.train.saving import RunMemory
 from goat_ds.train.signals import INTERRUPTED, Signals
@@ -66,16 +67,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_and_train(config: TrainConfig, signals: Signals, watch: Watch) -> None:
     resumption = look(config)
-    # Files are read by one process a node; what it finds ends all of them.
-    ranks.agree(lambda: raise_if_any(problems(resumption)) if ranks.is_first_on_node() else None)
-    raw, _ = ds_config.read(str(config.ds_config))
+    inputs = check(resumption)
     sizes = nodes.ranks_per_node()
-    doubts = [*ds_config.warnings(raw), *ds_config.hpz_warnings(raw, sizes)]
+    doubts = [*ds_config.warnings(inputs.raw_ds_config), *ds_config.hpz_warnings(inputs.raw_ds_config, sizes)]
     say(*(f"warning: {line}" for line in doubts), *resumption.notes)
     if config.dry_run:
-        tokens, _ = load_all_tokens(config)
+        tokens, _ = load_all_tokens(inputs)
         RunMemory(resumption, digest_on_first(tokens.dataset))
-        ranks.agree(lambda: say(*_plan(config, tokens)) if ranks.is_first() else None)
+        ranks.agree(lambda: say(*_plan(inputs, tokens)) if ranks.is_first() else None)
         say("dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.agree(lambda: config.folder.mkdir(parents=True, exist_ok=True) if ranks.is_first() else None)
@@ -83,13 +82,14 @@ def _check_and_train(config: TrainConfig, signals: Signals, watch: Watch) -> Non
         say(f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
     with locked(config.folder, timeout_minutes=config.timeout_minutes):
         ranks.agree(lambda: checkpoints.sweep(config.folder) if ranks.is_first() else None)
-        saved = train(resumption, signals, step_done=watch.step_done)
+        ranks.agree(inputs.keep_ds_config)
+        saved = train(resumption, inputs, signals, step_done=watch.step_done)
     say(f"saved {saved}")
 
 
-def _plan(config: TrainConfig, tokens: Tokens) -> Iterator[str]:
-    num_labels = config.micro_batch_size * max(tokens.packed.num_labels)
-    yield from plan.lines(planner_of(config, world_size=ranks.get_world_size(), num_labels=num_labels))
+def _plan(inputs: Inputs, tokens: Tokens) -> Iterator[str]:
+    num_labels = inputs.config.micro_batch_size * max(tokens.packed.num_labels)
+    yield from plan.lines(planner_of(inputs, num_labels=num_labels))
 
 
 def _tell_of_build_locks() -> None:

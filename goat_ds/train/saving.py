@@ -10,7 +10,6 @@ from goat_ds.errors import SaveError
 from goat_ds.train.config import OnSaveError, TrainConfig
 from goat_ds.train.health import last_checkpoint
 from goat_ds.train.metrics import Metrics
-from goat_ds.train.preflight import train_sources
 from goat_ds.train.resume import Resumption, allow_or_refuse, settings_of
 from goat_ds.zero import checkpoint as checkpoints
 
@@ -32,7 +31,7 @@ class RunMemory:
         if found["data_sha256"] != data_digest:
             allow_or_refuse(
                 resumption.config,
-                f"data ({', '.join(train_sources(resumption.config))}) is not what the run was trained on before; give "
+                f"data ({', '.join(resumption.config.train_sources)}) is not what the run was trained on before; give "
                 "the same records in the same order",
             )
 

@@ -77,20 +77,6 @@ class BaseQuantization:
             yield f"base_quantization ({values}): double_quant must be true or false, and kept a list"
 
 
-def stored_quantization(config: Any) -> dict[str, Any] | None:
-    """Give the ``quantization_config`` in a base's config, or None."""
-    values = getattr(config, "quantization_config", None)
-    return values if values is None or isinstance(values, dict) else values.to_dict()
-
-
-def unreadable(values: dict[str, Any]) -> str | None:
-    """Name what a base is quantised with, if that is not bitsandbytes in 4 bits."""
-    method = str(values.get("quant_method", "an unknown method"))
-    if method != "bitsandbytes":
-        return method
-    return None if values.get("load_in_4bit") else "bitsandbytes in 8 bits"
-
-
 def layers_to_quantize(model: nn.Module, *, kept: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     """Walk over the linear layers of a model that become 4-bit.
 

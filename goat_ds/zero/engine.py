@@ -1,23 +1,24 @@
 """From a base model on disk to a DeepSpeed engine that trains GOAT experts on it."""
 
+import copy
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from goat_ds.base.authors_code import authors_code, config_as_stored
+from goat_ds.base.inspect import Base
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
-from goat_ds.tuner.base_quantization import BaseQuantization, stored_quantization, unreadable
+from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
@@ -85,118 +86,39 @@ def choose_attention(wanted: Attention, *, precision: Precision) -> Attention:
     return wanted
 
 
-def check_base(model: str, *, max_length: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """See whether the base can hold what it will be given, by its config alone.
-
-    Raises:
-        ConfigError: the base is quantised by another library than bitsandbytes or not in 4 bits, its positions end
-            before ``max_length``, or its embedding has no row for a token; all of it, or that the config cannot be
-            read.
-    """
-    raise_if_any(_misfits_of_base(model, _config_of(model), max_length=max_length, tokenizer=tokenizer))
-
-
-def _config_of(model: str) -> Any:
-    try:
-        code = authors_code(config_as_stored(model))
-        config = None if code else AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
-    if code:
-        raise ConfigError(
-            f"model ({model}) needs code of its author ({code}), and goat_ds runs no code that comes with a model; use "
-            "a base whose architecture transformers has itself"
-        )
-    return config
-
-
-class FourBitCheck(NamedTuple):
-    """Whether there will be a 4-bit base, and what is wrong with that."""
-
-    is_4bit: bool
-    problems: list[str]
-
-
-def check_4bit(model: str, *, quantization: BaseQuantization | None, residual: Residual) -> FourBitCheck:
-    """See whether a 4-bit base can be made or taken over here.
+def four_bit_problems(base: Base, *, quantization: BaseQuantization | None, residual: Residual) -> Iterator[str]:
+    """Yield why a 4-bit base cannot be made or taken over here, one line each.
 
     Args:
-        model: Folder or hub name.
+        base: What it is.
         quantization: What was asked for; None: nothing.
         residual: The adapter's.
-
-    Raises:
-        ConfigError: the base's config cannot be read.
     """
-    stored = stored_quantization(_config_of(model))
-    is_stored = stored is not None and not unreadable(stored)
-    problems = []
-    if is_stored and quantization is not None:
-        problems.append(f"load_in_4bit: model ({model}) is quantised already; leave load_in_4bit out")
-    if is_stored and residual is Residual.FOLD:
-        problems.append(
-            f"residual (fold) cannot be subtracted from model ({model}), which is 4-bit already; use residual lowrank"
+    if base.is_4bit and quantization is not None:
+        yield f"load_in_4bit: model ({base.name}) is quantised already; leave load_in_4bit out"
+    if base.is_4bit and residual is Residual.FOLD:
+        yield (
+            f"residual (fold) cannot be subtracted from model ({base.name}), which is 4-bit already; use residual "
+            "lowrank"
         )
-    is_4bit = is_stored or quantization is not None
-    if is_4bit:
+    if base.is_4bit or quantization is not None:
         try:
             check_backend(ranks.device())
         except ConfigError as error:
-            problems.extend(error.problems)
-    return FourBitCheck(is_4bit, problems)
+            yield from error.problems
 
 
-def _misfits_of_base(
-    model: str, config: Any, *, max_length: int, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[str]:
-    stored = stored_quantization(config)
-    if stored is not None and (method := unreadable(stored)):
-        yield (
-            f"model ({model}) is quantised ({method}), which experts cannot start from; use the unquantised base, or "
-            "one that bitsandbytes has quantised to 4 bits"
-        )
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        yield f"max_length ({max_length}) is above the model's max_position_embeddings ({positions}); lower it"
-    num_rows = getattr(text, "vocab_size", None)
-    if tokenizer is None or num_rows is None:
-        return
-    token, highest = max(_tokens_in_use(tokenizer), key=lambda item: item[1], default=("", -1))
-    if highest >= num_rows:
-        yield (
-            f"model ({model}): its tokenizer's highest token id ({highest}, {token!r}) has no row in the embedding "
-            f"(vocab_size {num_rows}); use the tokenizer the base came with, or resize the base's embedding"
-        )
-
-
-def _tokens_in_use(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:
-    """Walk over the tokens that ordinary text, the template or the ends of a record can bring."""
-    added = set(tokenizer.get_added_vocab())
-    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    for token, row in tokenizer.get_vocab().items():
-        # Text-only Gemma 3 ships with the token of an image, one past its last row; nothing but its own name brings it.
-        if token not in added or token in ends or token in template:
-            yield token, row
-
-
-def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | None) -> dict[str, tuple[int, ...]]:
+def rehearse(base: Base, goat: GoatConfig, *, quantization: BaseQuantization | None) -> dict[str, tuple[int, ...]]:
     """Put the adapter on a model without weights, to see whether it fits, and whether the model can become 4-bit.
 
     Returns:
         The shapes of the adapter's tensors, by their names in its file.
 
     Raises:
-        ConfigError: the model's config cannot be read, no layer matches, layers are too small or have a size that
+        ConfigError: transformers cannot build the model, no layer matches, layers are too small or have a size that
             blocks of 4-bit values do not divide.
     """
-    config = _config_of(model)
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model ({model}) cannot be loaded: {str(error).splitlines()[0]}") from error
+    skeleton = base.skeleton()
     unfit = [] if quantization is None else list(quantize.misfits(skeleton, quantization))
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -210,7 +132,7 @@ def rehearse(model: str, goat: GoatConfig, *, quantization: BaseQuantization | N
 
 
 def load_base(
-    model: str,
+    base: Base,
     *,
     precision: Precision,
     attention: Attention,
@@ -221,7 +143,7 @@ def load_base(
     """Load the base, under ZeRO-3 in shards from the first byte on. A collective.
 
     Args:
-        model: Folder or hub name; may be quantised by bitsandbytes in 4 bits.
+        base: What it is; may be quantised by bitsandbytes in 4 bits.
         precision: Dtype of the weights.
         attention: Settled attention code.
         engine_config: The filled DeepSpeed config.
@@ -230,11 +152,11 @@ def load_base(
     """
     # What an earlier engine of this process told transformers must not shard this base.
     unset_hf_deepspeed_config()
-    stage, config, dtype = ds_config.stage(engine_config), _config_of(model), DTYPES[precision]
-    four_bit = quantization is not None or stored_quantization(config) is not None
-    if four_bit and quantize.can_be_mapped(model, config, dtype=dtype):
-        base = quantize.load_mapped(
-            model,
+    stage, dtype = ds_config.stage(engine_config), DTYPES[precision]
+    four_bit = quantization is not None or base.is_4bit
+    if four_bit and quantize.can_be_mapped(base, dtype=dtype):
+        model = quantize.load_mapped(
+            base,
             quantization=quantization,
             dtype=dtype,
             compute_dtype=DTYPES[compute_precision or precision],
@@ -245,21 +167,25 @@ def load_base(
     else:
         # transformers finds it through a weak reference, so it must live as long as the model.
         sharding = HfDeepSpeedConfig(engine_config) if stage == 3 else None
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation=str(attention), trust_remote_code=False
+        model = AutoModelForCausalLM.from_pretrained(
+            base.name,
+            config=copy.deepcopy(base.config),
+            dtype=dtype,
+            attn_implementation=str(attention),
+            trust_remote_code=False,
         )
-    base.goat_sharding = sharding
-    base.config.use_cache = False
+    model.goat_sharding = sharding
+    model.config.use_cache = False
     # from_pretrained gives a model in eval mode, in which transformers neither recomputes activations nor drops out.
-    base.train()
-    return base
+    model.train()
+    return model
 
 
-def attach_experts(base: Any, goat: GoatConfig, *, engine_config: dict[str, Any]) -> PeftModel:
+def attach_experts(model: Any, goat: GoatConfig, *, engine_config: dict[str, Any]) -> PeftModel:
     """Put empty experts on the base, sharded at birth under ZeRO-3; ``zero.decompose.start_adapter`` fills them."""
     with partition.partitioned_at_birth(engine_config, stage=ds_config.stage(engine_config)):
         # Experts in fp32 on a bf16 base would be gathered into one buffer of the wrong dtype; masters are fp32 anyway.
-        return get_peft_model(base, _deferred(goat), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        return get_peft_model(model, _deferred(goat), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
 
 
 def _deferred(goat: GoatConfig) -> GoatConfig:

@@ -9,6 +9,7 @@ several tensors, are loaded into 16-bit shards first. Either way a rank holds at
 shards.
 """
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from goat_ds.base.inspect import Base
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.tuner.base_quantization import (
@@ -31,7 +33,6 @@ from goat_ds.tuner.base_quantization import (
     is_kept_in_fp32,
     is_named,
     layers_to_quantize,
-    stored_quantization,
 )
 from goat_ds.tuner.model import linear_shape
 from goat_ds.tuner.quantized import QuantizedLinear, from_bitsandbytes, is_4bit
@@ -126,21 +127,19 @@ def to_bytes_on_all(base: nn.Module, bytes_N: Tensor | None, *, owner: int, reci
     return layer
 
 
-def can_be_mapped(model: str, config: Any, *, dtype: torch.dtype) -> bool:
+def can_be_mapped(base: Base, *, dtype: torch.dtype) -> bool:
     """Whether a base's files hold its parameters as they are needed, so that loading it copies nothing.
 
     Args:
-        model: Folder or hub name.
-        config: Of the base.
+        base: What it is.
         dtype: Of the run.
     """
-    if stored_quantization(config) is not None:
+    if base.is_4bit:
         return True
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    assembled = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(skeleton))
+    mapping = get_model_conversion_mapping(base.skeleton())
+    assembled = any(isinstance(entry, WeightConverter) for entry in mapping)
     # What the config says of the dtype need not be what the files hold.
-    return not assembled and set(_dtypes_on_disk(model)) == {FILE_DTYPES[dtype]}
+    return not assembled and set(_dtypes_on_disk(base.name)) == {FILE_DTYPES[dtype]}
 
 
 def _dtypes_on_disk(model: str) -> Iterator[str]:
@@ -159,7 +158,7 @@ def _dtypes_on_disk(model: str) -> Iterator[str]:
 
 
 def load_mapped(
-    model: str,
+    base: Base,
     *,
     quantization: BaseQuantization | None,
     dtype: torch.dtype,
@@ -172,7 +171,7 @@ def load_mapped(
     transformers would give every rank the whole of a quantised base, and 16-bit shards of any other.
 
     Args:
-        model: Folder or hub name.
+        base: What it is.
         quantization: What will become 4-bit, and so stays mapped until then; None where bitsandbytes has done it.
         dtype: Of the run.
         compute_dtype: Dtype that stored 4-bit weights are multiplied in.
@@ -181,31 +180,36 @@ def load_mapped(
     """
     # Without a place, transformers would move a quantised base to the GPU, whole.
     place: dict[str, Any] = {} if quantization else {"device_map": {"": "cpu"}}
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **place
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base.name,
+        config=copy.deepcopy(base.config),
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        **place,
     )
-    if not ranks.is_same_everywhere(_fingerprint(base)):
-        raise ConfigError(f"model ({model}) is not the same on every node; copy the same files to all")
+    if not ranks.is_same_everywhere(_fingerprint(model)):
+        raise ConfigError(f"model ({base.name}) is not the same on every node; copy the same files to all")
     cut = partition.cutter(engine_config, stage=ds_config.stage(engine_config))
     if quantization is None:
-        for path, layer in list(base.named_modules()):
+        for path, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and is_4bit(layer):
                 quantized = from_bitsandbytes(layer, dtype=dtype, compute_dtype=compute_dtype)
-                base.set_submodule(path, quantized)
+                model.set_submodule(path, quantized)
                 cut(quantized.weight, torch.uint8)
         # From here on it is a model like any other.
-        del base.config.quantization_config, base.hf_quantizer
-        base.is_quantized = base.is_loaded_in_4bit = False
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = model.is_loaded_in_4bit = False
     waiting: set[int] = set()
     if quantization is not None:
-        waiting = {id(layer.weight) for _, layer in layers_to_quantize(base, kept=quantization.kept)}
-    done = {id(layer.weight) for layer in base.modules() if isinstance(layer, QuantizedLinear)}
-    for name, parameter in base.named_parameters():
+        waiting = {id(layer.weight) for _, layer in layers_to_quantize(model, kept=quantization.kept)}
+    done = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantizedLinear)}
+    for name, parameter in model.named_parameters():
         if id(parameter) not in waiting | done:
             # transformers leaves what stands beside stored 4-bit weights in the dtype of the files.
-            casts = parameter.is_floating_point() and not is_kept_in_fp32(base, name)
+            casts = parameter.is_floating_point() and not is_kept_in_fp32(model, name)
             cut(parameter, dtype if casts else parameter.dtype)
-    return base
+    return model
 
 
 def _fingerprint(base: nn.Module) -> str:

@@ -19,8 +19,8 @@ from goat_ds import ConfigError, ExportError
 from goat_ds.data.batches import filler
 from goat_ds.data.sample import SAMPLE_FEATURES, SAMPLE_NAME, Sample, load_sample, save_sample
 from goat_ds.export import Fit, Fitting, MergeBase, export_dense, export_lora, fit, read_adapter, refine
-from goat_ds.export.base import find_base
 from goat_ds.export.calibration import packs_of
+from goat_ds.export.stored_base import find_base
 from goat_ds.export.trained import STATIC, load_trained
 from goat_ds.method.spectrum import Factors
 from goat_ds.tuner.model import named_experts

@@ -7,6 +7,7 @@ from typing import Any
 from goat_ds.plan import Planner
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import planner_of
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS
@@ -33,4 +34,4 @@ def settings(
 
 
 def planner(folder: Path, *flags: str, world_size: int = 2, **others: Any) -> Planner:
-    return planner_of(settings(folder, *flags, **others), world_size=world_size)
+    return planner_of(read_inputs(settings(folder, *flags, **others), world_size=world_size))

@@ -10,6 +10,7 @@ from goat_ds.plan.memory import Run, checkpoint_bytes, optimizer, weights
 from goat_ds.train.build import build
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import planner_of
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
@@ -20,9 +21,9 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     config = parse(["--ds_config", ds_config, "--output_dir", folder, "--svd_cache", f"{folder}/svd", *flags])
     join_ranks(config, timeout_minutes=5)
     Path(folder).mkdir(exist_ok=True)
-    planner = planner_of(config, world_size=ranks.get_world_size())
+    planner = planner_of(read_inputs(config, world_size=ranks.get_world_size()))
     parts = planned(planner.run(ranks.get_world_size()))
-    engine = build(config, num_steps=100)
+    engine = build(read_inputs(config), num_steps=100)
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
     found = {

@@ -10,16 +10,17 @@ import torch
 from peft import get_peft_model
 
 from goat_ds import GoatConfig, plan
+from goat_ds.base.inspect import inspect
 from goat_ds.errors import ConfigError
 from goat_ds.plan import loading
 from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Memory, Part, Place, checkpoint_bytes
 from goat_ds.plan.planner import GPU_GIB, Planner
 from goat_ds.plan.skeleton import Kind, build
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.quantized import Packing
-from goat_ds.zero import engine
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm
 from tests.plan.helpers import config_only, planner, settings
@@ -38,7 +39,7 @@ def test_parameters_are_those_of_a_real_model(tmp_path: Path, options: dict[str,
     goat = {"r": 8, "num_experts": 4} | options
     model = get_peft_model(causal_lm(dtype=torch.bfloat16), GoatConfig(**goat), autocast_adapter_dtype=False)
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
-    skeleton = build(config_only(tmp_path), GoatConfig(**goat), attention="sdpa", quantization=None, **bf16)
+    skeleton = build(inspect(config_only(tmp_path)), GoatConfig(**goat), attention="sdpa", quantization=None, **bf16)
     assert {held.name: held.num_values for held in skeleton.parameters if held.kind is Kind.TRAINED} == {
         name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -53,7 +54,7 @@ def test_a_4bit_base_holds_the_bytes_that_its_layers_are_packed_in(
     packing = Packing(double_quant=double_quant, block_size=32)
     how = dict.fromkeys(("dtype", "weight_dtype", "compute_dtype"), "bfloat16")
     skeleton = build(
-        config_only(tmp_path, name),
+        inspect(config_only(tmp_path, name)),
         GoatConfig(r=8),
         dtype=torch.bfloat16,
         attention="sdpa",
@@ -253,15 +254,15 @@ def test_advice_can_be_followed_all_at_once(tmp_path: Path, monkeypatch: pytest.
 def test_everything_that_keeps_a_plan_from_being_made_is_told_at_once(tmp_path: Path) -> None:
     ds_config = {"zero_optimization": {"stage": 3}, "speed": "high", "train_batch_size": 7}
     config = settings(tmp_path, "--max_length", "1000", "--target_modules", "nowhere", ds_config=ds_config)
-    found = list(plan_problems(config, world_size=2))
+    found = list(plan_problems(read_inputs(config, world_size=2)))
     for words in ("speed is not a key", "train_batch_size (7)", "max_length (1000)", "target_modules (nowhere)"):
         assert sum(words in line for line in found) == 1, (words, found)
-    assert list(plan_problems(config, world_size=0)) == ["world_size (0) must be at least 1"]
+    assert list(plan_problems(read_inputs(config, world_size=0))) == ["world_size (0) must be at least 1"]
 
 
 def test_values_that_deepspeed_refuses_are_told_by_their_name(tmp_path: Path) -> None:
     config = settings(tmp_path, ds_config={"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}})
-    (line,) = plan_problems(config, world_size=2)
+    (line,) = plan_problems(read_inputs(config, world_size=2))
     assert line.startswith("ds_config: zero_optimization.reduce_bucket_size (-1): ")
 
 
@@ -306,17 +307,17 @@ def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path) -> None:
 def test_a_model_that_does_not_exist_is_one_error(tmp_path: Path) -> None:
     config = settings(tmp_path, base=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        raise ConfigError(*plan_problems(config, world_size=1))
-    assert len(list(plan_problems(config, world_size=1))) == 1
+        raise ConfigError(*plan_problems(read_inputs(config, world_size=1)))
+    assert len(list(plan_problems(read_inputs(config, world_size=1)))) == 1
 
 
 def test_a_config_that_cannot_be_had_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def refuse(model: str) -> None:
+    def refuse(model: str, **_: object) -> None:
         asked.append(model)
         raise OSError("no network")
 
-    monkeypatch.setattr(engine, "config_as_stored", refuse)
-    (problem,) = plan_problems(settings(tmp_path, base="some/base"), world_size=1)
+    monkeypatch.setattr("goat_ds.base.inspect.config_as_stored", refuse)
+    (problem,) = plan_problems(read_inputs(settings(tmp_path, base="some/base"), world_size=1))
     assert "no network" in problem and asked == ["some/base"]

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from goat_ds import GoatConfig
+from goat_ds.base.inspect import inspect
 from goat_ds.data import MicroBatch, label_loss_sum
 from goat_ds.plan.gathering import Gathered, follow
 from goat_ds.plan.skeleton import build
@@ -51,7 +52,9 @@ def test_a_model_of_five_blocks_holds_what_was_counted_on_three(tmp_path: Path, 
     base = config_only(tmp_path, name, **depth)
     kept, peak = real_peaks(base, kind, "sdpa")
     bf16 = torch.bfloat16
-    skeleton = build(base, GoatConfig(**GOAT), dtype=bf16, attention="sdpa", quantization=None, compute_dtype=bf16)
+    skeleton = build(
+        inspect(base), GoatConfig(**GOAT), dtype=bf16, attention="sdpa", quantization=None, compute_dtype=bf16
+    )
     timeline = record(
         skeleton.model,
         num_tokens=NUM_TOKENS,

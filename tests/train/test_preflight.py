@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from goat_ds import demo
+from goat_ds.base.inspect import inspect
 from goat_ds.data import load_tokenizer
 from goat_ds.errors import ConfigError
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.resume import look
 from goat_ds.tuner.config import Residual
 from goat_ds.zero import engine, quantize
@@ -37,7 +38,8 @@ def problems(folder: Path, **settings: Any) -> list[str]:
         | {"data": [str(demo.train_data())], "eval_data": [str(demo.heldout_data())]}
         | settings
     )
-    return list(preflight.problems(look(config)))
+    resumption = look(config)
+    return list(preflight.problems(resumption, read_inputs(resumption.config)))
 
 
 def test_a_base_as_it_should_be_has_no_problem(tmp_path: Path) -> None:
@@ -157,14 +159,14 @@ def test_two_layers_that_share_a_weight_are_refused() -> None:
 def test_files_are_mapped_only_where_they_hold_the_dtype_of_the_run(tmp_path: Path) -> None:
     model = causal_lm()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert quantize.can_be_mapped(str(tmp_path), config, dtype=torch.float32)
+    base = inspect(str(tmp_path))
+    assert quantize.can_be_mapped(base, dtype=torch.float32)
     # What a config says of its files need not be true.
-    config.dtype = torch.bfloat16
-    assert not quantize.can_be_mapped(str(tmp_path), config, dtype=torch.bfloat16)
+    base.config.dtype = torch.bfloat16
+    assert not quantize.can_be_mapped(base, dtype=torch.bfloat16)
     for path in tmp_path.glob("*.safetensors*"):
         path.unlink()
-    assert not quantize.can_be_mapped(str(tmp_path), config, dtype=torch.float32)
+    assert not quantize.can_be_mapped(base, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +222,10 @@ def test_an_added_token_that_nothing_brings_needs_no_row(tmp_path: Path) -> None
     base = base_with(tmp_path)
     tokenizer = load_tokenizer(base)
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
-    engine.check_base(base, max_length=64, tokenizer=tokenizer)
+    assert not list(inspect(base).misfits(max_length=64, tokenizer=tokenizer))
     tokenizer.pad_token = "<image_soft_token>"
-    with pytest.raises(ConfigError, match=r"highest token id \(1024, '<image_soft_token>'\) has no row"):
-        engine.check_base(base, max_length=64, tokenizer=tokenizer)
+    (found,) = inspect(base).misfits(max_length=64, tokenizer=tokenizer)
+    assert "highest token id (1024, '<image_soft_token>') has no row" in found
 
 
 def test_a_base_that_is_not_there_is_told_once_for_each_part(tmp_path: Path) -> None:

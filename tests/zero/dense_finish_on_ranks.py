@@ -17,8 +17,8 @@ from goat_ds.train.build import build, schedule_of
 from goat_ds.train.cli import parse
 from goat_ds.train.data import batch_plan, load_all_tokens
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.objective import label_loss_sum, objective
-from goat_ds.train.preflight import filled_ds_config
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero.dense_finish import finish_densely
@@ -31,8 +31,8 @@ def main() -> None:
     torch.set_num_threads(1)
     output, config = Path(sys.argv[1]), parse(sys.argv[2:])
     join_ranks(config, timeout_minutes=5)
-    tokens, _ = load_all_tokens(config)
-    engine: Any = build(config, num_steps=NUM_STEPS)
+    tokens, _ = load_all_tokens(read_inputs(config))
+    engine: Any = build(read_inputs(config), num_steps=NUM_STEPS)
     model: Any = engines.peft_model(engine)
     size = config.packs_per_step(ranks.get_world_size())
     plan = batch_plan(config, tokens.packed, global_batch_size=size)
@@ -66,7 +66,7 @@ def main() -> None:
         engine,
         run=run,
         counts=lambda: True,
-        engine_config=filled_ds_config(config),
+        engine_config=read_inputs(config).engine_config,
         schedule=schedule_of(config, num_steps=NUM_STEPS),
     )
     engine = done.engine

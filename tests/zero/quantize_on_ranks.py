@@ -24,6 +24,7 @@ from goat_ds.distributed import ranks
 from goat_ds.train.build import build
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner import layer as tuner_layer
 from goat_ds.tuner.base_quantization import plain_path
 from goat_ds.tuner.model import named_experts
@@ -101,7 +102,7 @@ def main() -> None:
         tuner_layer.decompose = live.without(svd)
         engines.build_engine = partial(stop_counting, live, build_engine)
         live.__enter__()
-        engine = build(parse(job["flags"]), num_steps=4)
+        engine = build(read_inputs(parse(job["flags"])), num_steps=4)
         one_step(engine)
         model = engines.peft_model(engine)
         held = measure(model)._asdict() | {"peak": live.peak, "after": live.now_at_end}

@@ -23,8 +23,8 @@ from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.data import batch_plan, load_all_tokens
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.objective import objective
-from goat_ds.train.preflight import filled_ds_config
 from goat_ds.zero import engine as engines
 from goat_ds.zero.checkpoint import save_checkpoint
 from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
@@ -72,9 +72,9 @@ class Run:
     """An engine and its data."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.tokens, _ = load_all_tokens(config)
-        self.engine = build(config, num_steps=NUM_STEPS)
+        self.config, self.inputs = config, read_inputs(config)
+        self.tokens, _ = load_all_tokens(self.inputs)
+        self.engine = build(self.inputs, num_steps=NUM_STEPS)
         self.model: Any = engines.peft_model(self.engine)
 
     def train(self, first: int, until: int) -> list[float]:
@@ -126,7 +126,7 @@ class Run:
         freed = old() is None
         self.engine = engines.build_engine(
             self.model,
-            engine_config=filled_ds_config(self.config),
+            engine_config=self.inputs.engine_config,
             schedule=lambda optimizer: get_scheduler(
                 self.config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS
             ),

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from goat_ds import GoatConfig, demo
+from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
-from goat_ds.train.preflight import filled_ds_config
+from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import decompose, partition
 from goat_ds.zero import engine as engines
@@ -29,9 +30,9 @@ def main() -> None:
     stage, cache, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     config = parse(["--ds_config", f"ds_configs/zero{stage}.json", "--precision", "fp32"])
     join_ranks(config, timeout_minutes=5)
-    filled = filled_ds_config(config)
+    filled = read_inputs(config).engine_config
     base = engines.load_base(
-        str(demo.base_path()), precision=config.precision, attention=Attention.SDPA, engine_config=filled
+        inspect(str(demo.base_path())), precision=config.precision, attention=Attention.SDPA, engine_config=filled
     )
     model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
     held = watch_whole_weights()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from goat_ds import GoatConfig, demo
+from goat_ds.base.inspect import inspect
 from goat_ds.zero import engine as engines
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention, Checkpointing
@@ -16,7 +17,7 @@ STAGE_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 
 def model_with(checkpointing: Checkpointing) -> Any:
     base = engines.load_base(
-        str(demo.base_path()), precision=Precision.FP32, attention=Attention.SDPA, engine_config=STAGE_1
+        inspect(str(demo.base_path())), precision=Precision.FP32, attention=Attention.SDPA, engine_config=STAGE_1
     )
     model: Any = engines.attach_experts(
         base, GoatConfig(r=16, num_experts=4, task_type="CAUSAL_LM"), engine_config=STAGE_1

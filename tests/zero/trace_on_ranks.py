@@ -19,6 +19,7 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import raise_if_any
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.loop import train
 from goat_ds.train.resume import look
 from goat_ds.train.signals import Signals
@@ -35,7 +36,7 @@ def main() -> None:
         raise_if_any(resumption.problems)
         watch = Watch()
         with watch.on():
-            train(resumption, Signals(), step_done=watch.step_done)
+            train(resumption, read_inputs(resumption.config), Signals(), step_done=watch.step_done)
         told[name] = watch.steps
     if ranks.is_first():
         Path(sys.argv[2]).write_text(json.dumps(told))

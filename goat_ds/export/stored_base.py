@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from goat_ds.base.authors_code import authors_code, config_as_stored
-from goat_ds.errors import ExportError
+from goat_ds.base.inspect import Base, inspect
+from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
-from goat_ds.tuner.base_quantization import stored_quantization, unreadable
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -37,12 +35,24 @@ LEGAL_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
-class Base:
+class StoredBase:
     """A base model's folder."""
 
     path: Path
     name: str
     """What it was asked for by: a folder or a hub name."""
+
+    @cached_property
+    def base(self) -> Base:
+        """What it is.
+
+        Raises:
+            ExportError: transformers cannot tell without running code of its author, or it is not only a base.
+        """
+        try:
+            return inspect(str(self.path), named=f"base ({self.path})")
+        except ConfigError as error:
+            raise ExportError(f"{error}; use --mode adapter") from error
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -52,31 +62,22 @@ class Base:
             ExportError: transformers has no causal language model for it, or its weights are stored quantised in a
                 way other than bitsandbytes' 4 bits.
         """
-        try:
-            if code := authors_code(config_as_stored(str(self.path))):
-                raise ExportError(
-                    f"base ({self.path}) needs code of its author ({code}), and goat_ds runs no code that comes with a "
-                    "model; use --mode adapter"
-                )
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ExportError(
-                f"base ({self.path}) is no causal language model that transformers builds; use --mode adapter ({error})"
-            ) from error
-        stored = stored_quantization(config)
-        if stored is not None and (method := unreadable(stored)):
+        if method := self.base.foreign_quantization:
             raise ExportError(
                 f"base ({self.path}) is stored quantised ({method}), and exact export reads no quantisation but "
                 "bitsandbytes in 4 bits; give the unquantised model with --base PATH"
             )
-        return model
+        try:
+            return self.base.skeleton()
+        except ConfigError as error:
+            raise ExportError(
+                f"base ({self.path}) is no causal language model that transformers builds; use --mode adapter ({error})"
+            ) from error
 
     @property
     def is_4bit(self) -> bool:
         """Whether its linear layers are stored in bitsandbytes' 4 bits."""
-        return stored_quantization(self.skeleton.config) is not None
+        return self.base.is_4bit
 
     @property
     def is_buildable(self) -> bool:
@@ -124,7 +125,7 @@ class Base:
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
-def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> Base:
+def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> StoredBase:
     """Give the base in a folder, in the Hugging Face cache or on the hub.
 
     Args:
@@ -139,13 +140,13 @@ def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> Ba
     if not name:
         raise ExportError(f"{adapter.path} does not say which base it was trained on; give it with --base PATH")
     if (Path(name) / "config.json").is_file():
-        return Base(Path(name).resolve(), name)
+        return StoredBase(Path(name).resolve(), name)
     patterns = [*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATES_FOLDER}/*", "*.json", *LEGAL_PATTERNS]
     if weights:
         patterns.append("model*.safetensors")
     revision = None if base else adapter.config.revision
     try:
-        return Base(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)), name)
+        return StoredBase(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)), name)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         origin = "given with --base" if base else f"which {adapter.path} names"
         raise ExportError(

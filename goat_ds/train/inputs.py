@@ -1,0 +1,127 @@
+"""What the settings of a run point at, read once and carried: no file of the user's is read again hours later.
+
+--ds_config ──► the first rank reads it ──► every rank has the same value ──► filled in, checked, kept in the folder
+--model ──────► base.inspect ──► what the base is
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from goat_ds.base.inspect import Base, inspect
+from goat_ds.data import load_tokenizer
+from goat_ds.distributed import ranks
+from goat_ds.errors import ConfigError
+from goat_ds.train.config import TrainConfig
+from goat_ds.zero import ds_config
+from goat_ds.zero.ds_config import EngineSettings
+
+DS_CONFIG_NAME = "ds_config.json"
+"""In the folder of a run: its DeepSpeed config with every "auto" filled in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The settings of a run with what they point at."""
+
+    config: TrainConfig
+    world_size: int
+    """Ranks of the run."""
+    found_ds_config: dict[str, Any] | None
+    """As the file has it; None where none is named, or it cannot be read."""
+    found_base: Base | None
+    """None where no model is named, or its config cannot be read."""
+    unreadable: tuple[str, ...]
+    """What could not be read, one line each."""
+
+    @property
+    def raw_ds_config(self) -> dict[str, Any]:
+        """The DeepSpeed config as the file has it; ``unreadable`` must be empty."""
+        assert self.found_ds_config is not None
+        return self.found_ds_config
+
+    @property
+    def base(self) -> Base:
+        """What is trained on; ``unreadable`` must be empty."""
+        assert self.found_base is not None
+        return self.found_base
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether the base is, or will be, in 4 bits."""
+        return self.config.load_in_4bit or (self.found_base is not None and self.found_base.is_4bit)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer.
+
+        Raises:
+            ConfigError: there is none, or it does not load.
+        """
+        return load_tokenizer(self.config.base_name)
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        """What the flags say about the engine."""
+        config = self.config
+        return EngineSettings(
+            world_size=self.world_size,
+            micro_batch_size=config.micro_batch_size,
+            grad_accum_steps=config.grad_accum_steps,
+            precision=config.precision,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adam_betas=config.adam_betas,
+            adam_eps=config.adam_eps,
+            max_grad_norm=config.max_grad_norm,
+            # DeepSpeed's fused Adam is for CUDA; with offload it takes its own CPU Adam.
+            torch_adam=not ranks.has_cuda() and not ds_config.offloads_optimizer(self.raw_ds_config),
+        )
+
+    @cached_property
+    def engine_config(self) -> dict[str, Any]:
+        """The DeepSpeed config with every "auto" filled in; ``preflight`` must have found no problem."""
+        return ds_config.fill(self.raw_ds_config, self.engine_settings)
+
+    def keep_ds_config(self) -> None:
+        """Write the filled DeepSpeed config into the folder of the run, on the first rank."""
+        if ranks.is_first():
+            text = json.dumps(self.engine_config, indent=4)
+            (self.config.folder / DS_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_inputs(config: TrainConfig, *, world_size: int | None = None) -> Inputs:
+    """Return what the settings of a run point at, and what of it cannot be read. A collective.
+
+    Args:
+        config: Of the run, with the accumulation that it will have.
+        world_size: Ranks of the run, where it is not the present one.
+    """
+    raw: dict[str, Any] | None = None
+    unreadable: list[str] = []
+    if config.ds_config is not None:
+        # The file of one node counts, so that all ranks train by the same.
+        raw, unreadable = ranks.object_from(0, ds_config.read(config.ds_config) if ranks.is_first() else ({}, []))
+        raw = None if unreadable else raw
+    base = None
+    if config.model or config.is_demo:
+        try:
+            base = inspect(config.base_name)
+        except ConfigError as error:
+            unreadable = [*unreadable, *error.problems]
+    return Inputs(
+        config=config,
+        world_size=ranks.get_world_size() if world_size is None else world_size,
+        found_ds_config=raw,
+        found_base=base,
+        unreadable=tuple(unreadable),
+    )
+
+
+def with_4bit(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the same run on a 4-bit base."""
+    return dataclasses.replace(config, load_in_4bit=True)
