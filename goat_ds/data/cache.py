@@ -2,7 +2,8 @@
 
 An entry is a folder ``<key>/`` with ``tokens.arrow`` and ``manifest.json``. It is written under a temporary name and
 then renamed, so that any number of processes and nodes can make the same entry at once: the first to finish wins, and
-the others take what it left. An entry that does not match its manifest is made again.
+the others take what it left. An entry that does not match its manifest is made again. Data files that have not changed
+are not even read (``known_files``): an entry is there only if nothing was wrong with them.
 """
 
 import errno
@@ -17,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from goat_ds.data.formats import DataFormat
+from goat_ds.data.known_files import KnownFiles
 from goat_ds.data.sources import digest_of, load_records
 from goat_ds.data.tokens import Tokenised, TokenReport, tokenise
 from goat_ds.errors import ConfigError
@@ -26,6 +28,8 @@ VERSION = 1
 """Raise it with every change to what records become: entries of other versions are not found any more."""
 
 ARROW, MANIFEST = "tokens.arrow", "manifest.json"
+KNOWN_FILES = ".known_files"
+"""Folder beside the entries: what was read of the data files."""
 
 
 def prepare(
@@ -51,7 +55,8 @@ def prepare(
         ConfigError: ``cache_dir`` cannot be written, or as for :func:`goat_ds.data.sources.load_records` and
             :func:`goat_ds.data.tokens.tokenise`.
     """
-    key = _key(sources, tokenizer, max_length=max_length, data_format=data_format, split=split)
+    content = digest_of(sources, split=split, digest_file=KnownFiles(cache_dir / KNOWN_FILES).digest)
+    key = _key(content, tokenizer, max_length=max_length, data_format=data_format)
     entry = cache_dir / key
     found = read_entry(entry)
     if found is not None:
@@ -117,15 +122,8 @@ def _write_manifest(folder: Path, made: Tokenised) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def _key(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    data_format: DataFormat | None,
-    split: str,
-) -> str:
-    parts = [str(VERSION), str(max_length), str(data_format), digest_of(sources, split=split), *_tokenizer(tokenizer)]
+def _key(content: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, data_format: DataFormat | None) -> str:
+    parts = [str(VERSION), str(max_length), str(data_format), content, *_tokenizer(tokenizer)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetsError
 from goat_ds.data.formats import DataFormat, Dropped, Record, convert, first_problems
 from goat_ds.data.readers import READERS, Row
 from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.manifest import sha256_of
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
@@ -34,8 +35,8 @@ class Part(NamedTuple):
     name: str
     rows: Callable[[], Iterator[Row]]
     """Reads the part; raises ``ConfigError`` where it cannot be read on."""
-    digest: Callable[[], str]
-    """Changes whenever the content does."""
+    digest: Callable[[Callable[[Path], str]], str]
+    """Changes whenever the content does; is given what digests a file."""
 
 
 def load_records(
@@ -66,8 +67,13 @@ def check_sources(sources: Sequence[str], *, data_format: DataFormat | None = No
     return problems
 
 
-def digest_of(sources: Sequence[str], *, split: str = "train") -> str:
+def digest_of(sources: Sequence[str], *, split: str = "train", digest_file: Callable[[Path], str] = sha256_of) -> str:
     """Return a sha256 over the content of all sources, and their names, as records tell them for their origin.
+
+    Args:
+        sources: Files, folders or hub names.
+        split: Which split of a folder or a hub data set.
+        digest_file: Returns the sha256 of a file, which it may have remembered.
 
     Raises:
         ConfigError: a source cannot be found; with the problems of all sources.
@@ -77,7 +83,7 @@ def digest_of(sources: Sequence[str], *, split: str = "train") -> str:
     for source in sources:
         try:
             for part in _parts(source, split):
-                digest.update(f"{part.name}\0{part.digest()}\0".encode())
+                digest.update(f"{part.name}\0{part.digest(digest_file)}\0".encode())
         except ConfigError as error:
             problems += error.problems
     raise_if_any(problems)
@@ -127,12 +133,7 @@ def _parts(source: str, split: str) -> list[Part]:
 def _file_part(path: Path) -> Part:
     if path.suffix not in READERS:
         raise ConfigError(f"{path}: cannot read {path.suffix or 'a file without suffix'}, only {', '.join(READERS)}")
-    return Part(str(path), lambda: READERS[path.suffix](path), lambda: _file_digest(path))
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Part(str(path), lambda: READERS[path.suffix](path), lambda digest_file: digest_file(path))
 
 
 def _folder_parts(folder: Path, split: str) -> list[Part]:
@@ -159,7 +160,9 @@ def _saved_parts(folder: Path, split: str) -> list[Part]:
             raise ConfigError(f'{folder}: no split "{split}", it has {", ".join(saved)}')
         saved = saved[split]
     files = [Path(file["filename"]) for file in saved.cache_files]
-    return [Part(str(folder), lambda: _table_rows(str(folder), saved), lambda: "".join(map(_file_digest, files)))]
+    return [
+        Part(str(folder), lambda: _table_rows(str(folder), saved), lambda digest_file: "".join(map(digest_file, files)))
+    ]
 
 
 def _hub_parts(source: str, name: str, config: str | None, split: str) -> list[Part]:
@@ -168,7 +171,7 @@ def _hub_parts(source: str, name: str, config: str | None, split: str) -> list[P
     except (DatasetsError, OSError, ValueError) as error:
         raise ConfigError(f"{source}: no file or folder here, and not to be had from the hub: {error}") from None
     # datasets has no public name for the digest of a table's content and history.
-    return [Part(source, lambda: _table_rows(source, table), lambda: str(table._fingerprint))]
+    return [Part(source, lambda: _table_rows(source, table), lambda _: str(table._fingerprint))]
 
 
 def _table_rows(name: str, table: Dataset) -> Iterator[Row]:

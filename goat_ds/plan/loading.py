@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import TypeVar
 
 import torch
 
@@ -15,8 +14,7 @@ from goat_ds.plan.memory import MASTER_BYTES, WIDE_BYTES, Memory, Part, Place, R
 from goat_ds.plan.skeleton import Kind, Skeleton
 from goat_ds.plan.timeline import LiveBytes
 from goat_ds.tuner.config import GoatConfig
-
-T = TypeVar("T")
+from goat_ds.zero.waves import cost_of, waves
 
 TIMED_SIDE = 1024
 """Smaller side of the weight that is timed: half a second, and large enough to foretell larger ones."""
@@ -38,10 +36,11 @@ class Decompositions:
 
     def seconds(self, world_size: int) -> float:
         """Estimate the time until all ranks are done, each as fast as this process is now."""
-        shapes = [self._skeleton.weights[path] for path in self._skeleton.decomposed]
-        costs = sorted((_cost(*shape) for shape in shapes), reverse=True)
-        # In waves of one weight a rank.
-        return sum(wave[0] for wave in _waves(costs, world_size)) * self._seconds_per_cost if costs else 0.0
+        dealt = waves(list(self._skeleton.weights), cost=self._skeleton.cost, world_size=world_size)
+        dearest = [wave[0][0] for wave in dealt]
+        # Without a decomposition there is nothing to time: packing takes moments.
+        costs = [self._skeleton.cost(path) for path in dearest if path in self._skeleton.decomposed]
+        return sum(costs) * self._seconds_per_cost if costs else 0.0
 
     def workspace(self, shape: tuple[int, int]) -> int:
         """Give the bytes of tensors that decomposing a weight needs beside it."""
@@ -56,10 +55,10 @@ class Decompositions:
     @cached_property
     def _seconds_per_cost(self) -> float:
         shapes = (self._skeleton.weights[path] for path in self._skeleton.decomposed)
-        weight_OI, indices_ED = self._small(max(shapes, key=lambda shape: _cost(*shape)), side=TIMED_SIDE)
+        weight_OI, indices_ED = self._small(max(shapes, key=_cost), side=TIMED_SIDE)
         # The first trial warms up, and whatever else this machine does only adds.
         seconds = min(_seconds_of(weight_OI, indices_ED) for _ in range(NUM_TRIALS))
-        return seconds / _cost(*weight_OI.shape)
+        return seconds / _cost((weight_OI.shape[0], weight_OI.shape[1]))
 
     def _small(self, shape: tuple[int, int], *, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         size = min(min(shape), max(side, self._goat.r))
@@ -78,13 +77,8 @@ def _seconds_of(weight_OI: torch.Tensor, indices_ED: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _waves(work: Sequence[T], world_size: int) -> list[Sequence[T]]:
-    """Deal work out in waves of one piece a rank."""
-    return [work[first : first + world_size] for first in range(0, len(work), world_size)]
-
-
-def _cost(out_features: int, in_features: int) -> int:
-    return out_features * in_features * min(out_features, in_features)
+def _cost(shape: tuple[int, int]) -> int:
+    return cost_of(shape, decomposes=True)
 
 
 def while_loading(phases: Sequence[Memory]) -> Memory:
@@ -153,22 +147,17 @@ def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool
 def _worst_wave(run: Run, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
     """Give the weight a rank works on, and with it the 4-bit layers that are done by then."""
     skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
-    order = sorted(skeleton.weights, key=lambda path: _order(skeleton, path), reverse=True)
-    waves = _waves(order, run.world_size)
+    dealt = waves(list(skeleton.weights), cost=skeleton.cost, world_size=run.world_size)
+    rounds = [[path for path, _ in wave] for wave in dealt]
     packed = skeleton.packed_bytes
-    finished = [sum(-(-packed.get(path, 0) // sharers) for path in wave) for wave in waves]
-    done = [0, *accumulate(finished)] if grows else [0] * (len(waves) + 1)
-    at_work = [max((_at_work(run, path, decompositions) for path in wave), default=0) for wave in waves]
-    if waves:
-        worst = max(range(len(waves)), key=lambda wave: done[wave] + at_work[wave])
+    finished = [sum(-(-packed.get(path, 0) // sharers) for path in wave) for wave in rounds]
+    done = [0, *accumulate(finished)] if grows else [0] * (len(rounds) + 1)
+    at_work = [max((_at_work(run, path, decompositions) for path in wave), default=0) for wave in rounds]
+    if rounds:
+        worst = max(range(len(rounds)), key=lambda wave: done[wave] + at_work[wave])
         yield Part("one weight, whole, and its decomposition", at_work[worst])
         if grows:
             yield Part("base, 4-bit layers that are done", done[worst], place)
-
-
-def _order(skeleton: Skeleton, path: str) -> int:
-    out_features, in_features = skeleton.weights[path]
-    return _cost(out_features, in_features) if path in skeleton.decomposed else out_features * in_features
 
 
 def _at_work(run: Run, path: str, decompositions: Decompositions) -> int:

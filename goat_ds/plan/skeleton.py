@@ -15,6 +15,7 @@ from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.tuner.model import linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear
+from goat_ds.zero.waves import cost_of
 
 ADAPTER_NAME = "default"
 
@@ -62,6 +63,10 @@ class Skeleton:
     """O and I of the layers that become 4-bit while the base is loaded; empty for a base that is stored so."""
     decomposed: frozenset[str]
     """Paths of those that are decomposed."""
+
+    def cost(self, path: str) -> int:
+        """Return the cost of the work on a layer's weight while experts start."""
+        return cost_of(self.weights[path], decomposes=path in self.decomposed)
 
     def count(self, *kinds: Kind) -> int:
         """Count values of some kinds of parameters; of all, where none is named."""

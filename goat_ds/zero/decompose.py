@@ -36,6 +36,7 @@ from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
 from goat_ds.zero import partition, quantize
 from goat_ds.zero.quantize import Recipe
+from goat_ds.zero.waves import cost_of, waves
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
 CACHE_VERSION = 2
@@ -61,6 +62,10 @@ class Work(NamedTuple):
     base: nn.Module
     item: NamedExperts | None
     packing: Packing | None
+
+
+Wave = list[tuple[Work, int]]
+"""Layers that are worked on at the same time, each with its rank."""
 
 
 class Received(NamedTuple):
@@ -97,13 +102,6 @@ class StoredExperts(NamedTuple):
         return [self.tensors[f"{item.path}.goat_{name}"] for name, _ in item.experts.named_parameters()]
 
 
-class Assignment(NamedTuple):
-    """One layer of a wave and the rank that works on it."""
-
-    work: Work
-    world_rank: int
-
-
 def start_adapter(
     model: Any,
     adapter_name: str,
@@ -133,7 +131,7 @@ def start_adapter(
     samples: dict[str, LayerSample] = {}
     cached = own = 0.0
     bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not ranks.is_first())
-    for wave in waves(works, world_size=ranks.get_world_size()):
+    for wave in waves(works, cost=_cost, world_size=ranks.get_world_size()):
         received = _receive_mine(wave)
         known = _fill_from_stored(wave, stored) if stored else None
         # A rank that fails here would leave the others waiting for its factors.
@@ -185,25 +183,11 @@ def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None)
             yield Work(path, layer, None, packing_of[id(layer)])
 
 
-def waves(works: Sequence[Work], *, world_size: int) -> Iterator[list[Assignment]]:
-    """Deal layers out: the dearest first, in waves of one layer a rank, the dearer ones to whoever has done least."""
-    by_cost = sorted(works, key=_cost, reverse=True)
-    done = [0.0] * world_size
-    for first in range(0, len(by_cost), world_size):
-        wave = by_cost[first : first + world_size]
-        idlest = sorted(range(world_size), key=lambda rank: done[rank])
-        for work, rank in zip(wave, idlest, strict=False):
-            done[rank] += _cost(work)
-        yield [Assignment(work, rank) for work, rank in zip(wave, idlest, strict=False)]
-
-
 def _cost(work: Work) -> float:
-    out_features, in_features = linear_shape(work.base)
-    decomposes = work.item is not None
-    return out_features * in_features * (min(out_features, in_features) if decomposes else 1)
+    return cost_of(linear_shape(work.base), decomposes=work.item is not None)
 
 
-def _receive_mine(wave: list[Assignment]) -> Received | None:
+def _receive_mine(wave: Wave) -> Received | None:
     """Give the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
     mine = None
     for work, owner in wave:
@@ -226,7 +210,7 @@ def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _fill_from_stored(wave: list[Assignment], stored: StoredExperts) -> list[Tensor] | None:
+def _fill_from_stored(wave: Wave, stored: StoredExperts) -> list[Tensor] | None:
     """Fill the experts of a wave; give those of this rank's layer, whole. A collective."""
     mine = None
     for work, owner in wave:

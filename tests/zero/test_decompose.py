@@ -15,6 +15,7 @@ from goat_ds import GoatConfig
 from goat_ds.method import spectrum
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import decompose
+from goat_ds.zero.waves import waves
 from tests.launching import run_ranks
 from tests.models import causal_lm
 
@@ -183,7 +184,7 @@ def test_waves_give_a_rank_one_layer_at_a_time_and_balance_the_cost() -> None:
     works = list(decompose._works(model, "default", None))
     done = [0.0, 0.0, 0.0]
     seen = []
-    for wave in decompose.waves(works, world_size=3):
+    for wave in waves(works, cost=decompose._cost, world_size=3):
         assert len({rank for _, rank in wave}) == len(wave)
         for work, rank in wave:
             done[rank] += decompose._cost(work)
