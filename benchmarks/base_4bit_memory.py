@@ -112,7 +112,7 @@ def write_base(folder: Path, *, num_layers: int, hidden: int, intermediate: int)
 
 
 def run(base: Path, way: str, *, world_size: int) -> list[Held]:
-    """Run one way in fresh processes; give what each rank held."""
+    """Run one way in fresh processes; return what each rank held."""
     start_ranks(__file__, "--base", base, "--way", way, world_size=world_size, quietly=True)
     return [Held(**json.loads(path.read_text())) for path in sorted(base.glob("rank*.json"))[:world_size]]
 
@@ -130,7 +130,7 @@ def measure(base_folder: Path, way: str) -> None:
 
 
 def watched(load: Callable[[Path], Any], base_folder: Path) -> tuple[Any, int]:
-    """Load a base; give it and the peak. A smaller one first brings in what the libraries keep."""
+    """Load a base; return it and the peak. A smaller one first brings in what the libraries keep."""
     load(base_folder / SMALL)
     gc.collect()
     live = LiveTensors()
@@ -216,7 +216,7 @@ def by_transformers(base_folder: Path, engine_config: dict[str, Any]) -> Held:
 
 
 def train_by_peft(base: Any, engine_config: dict[str, Any]) -> int:
-    """Put LoRA on what transformers loaded and train a step under ZeRO-3; give what ``step`` gives."""
+    """Put LoRA on what transformers loaded and train a step under ZeRO-3; return what ``step`` gives."""
     base.train()
     model = get_peft_model(base, LoraConfig(r=32, target_modules="all-linear"), autocast_adapter_dtype=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -227,7 +227,7 @@ def train_by_peft(base: Any, engine_config: dict[str, Any]) -> int:
 
 
 def step(engine: Any) -> int:
-    """Train on one short row; give the gathered bytes of 4-bit layers that are still here between the passes."""
+    """Train on one short row; return the gathered bytes of 4-bit layers that are still here between the passes."""
     input_ids = torch.arange(TOKENS)[None] % VOCABULARY
     with LiveTensors(only=torch.uint8) as live:
         loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss
@@ -238,13 +238,13 @@ def step(engine: Any) -> int:
 
 
 def bytes_of_4bit(layer: Any) -> int:
-    """Give what this rank holds of one of bitsandbytes' layers: values and statistics."""
+    """Return what this rank holds of one of bitsandbytes' layers: values and statistics."""
     state = layer.weight.quant_state
     return partition.resident_bytes(layer.weight) + state.absmax.numel() * state.absmax.element_size()
 
 
 def allowance_of(base_folder: Path, *, world_size: int) -> int:
-    """Give the bytes of a rank's bf16 shard of the base and of two of its largest weights."""
+    """Return the bytes of a rank's bf16 shard of the base and of two of its largest weights."""
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig.from_pretrained(base_folder))
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
@@ -252,7 +252,7 @@ def allowance_of(base_folder: Path, *, world_size: int) -> int:
 
 
 def rows_of(base: Path, world_size: int) -> list[Row]:
-    """Run every way on a number of ranks; give the answers."""
+    """Run every way on a number of ranks; return the answers."""
     found = {way: run(base, way, world_size=world_size) for way in (*OURS, RIVAL)}
     for failure in sorted({held.failure for held in found[RIVAL] if held.failure}):
         print(f"transformers and PEFT on {world_size} ranks made no step: {failure}", flush=True)
@@ -293,7 +293,7 @@ def in_mib(question: str, ours: float, rival: float, *, at_most: float | None = 
 
 
 def most(all_held: list[Held], name: str) -> int:
-    """Give the largest value of one quantity over the ranks."""
+    """Return the largest value of one quantity over the ranks."""
     return max(int(getattr(held, name)) for held in all_held)
 
 

@@ -103,7 +103,7 @@ def measured(shapes: str, arguments: argparse.Namespace) -> list[Row]:
 
 
 def ways_to_train(base_folder: Path) -> dict[str, Way]:
-    """Give both kinds of layers with both adapters."""
+    """Return both kinds of layers with both adapters."""
     return {
         RIVAL: trained(bitsandbytes_base(base_folder), lora()),
         OURS: trained(our_base(base_folder), goat()),
@@ -113,12 +113,12 @@ def ways_to_train(base_folder: Path) -> dict[str, Way]:
 
 
 def lora() -> LoraConfig:
-    """Give the rival's adapter."""
+    """Return the rival's adapter."""
     return LoraConfig(r=R, target_modules="all-linear")
 
 
 def goat() -> GoatConfig:
-    """Give the adapter of ours, to be filled with anything: what a step costs does not depend on it."""
+    """Return the adapter of ours, to be filled with anything: what a step costs does not depend on it."""
     return GoatConfig(r=R, num_experts=NUM_EXPERTS, top_k=TOP_K, residual="lowrank", deferred=True)
 
 
@@ -161,7 +161,7 @@ def trained(base: Any, config: GoatConfig | LoraConfig) -> Way:
 
 
 def step(way: Way, input_ids: Tensor) -> float:
-    """Train on one row; give the seconds."""
+    """Train on one row; return the seconds."""
     began = time.process_time()  # with one thread it is the time worked, whatever else the machine does
     way.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
     way.optimizer.step()

@@ -87,7 +87,7 @@ def write_base(folder: Path, *, num_layers: int) -> None:
 
 
 def measure(base_folder: Path, *, num_tokens: int, repetitions: int) -> list[Row]:
-    """Time steps and checkpoints on this rank, in turn; give what they took on the first rank."""
+    """Time steps and checkpoints on this rank, in turn; return what they took on the first rank."""
     ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
@@ -125,7 +125,7 @@ def engine_of(base_folder: Path, engine_config: dict[str, Any]) -> Any:
 
 
 def ways_to_save(engine: Any) -> dict[str, Callable[[Path], object]]:
-    """Give what writes a checkpoint into a folder, by name."""
+    """Return what writes a checkpoint into a folder, by name."""
 
     def ours(folder: Path) -> None:
         save_checkpoint(engine, output_dir=folder, step=1)
@@ -158,7 +158,7 @@ def save(write: Callable[[Path], object], folder: Path) -> Saved:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Give the seconds until the slower rank is done."""
+    """Return the seconds until the slower rank is done."""
     torch.distributed.barrier()
     began = time.monotonic()
     work()
@@ -176,7 +176,7 @@ def num_trained(engine: Any) -> int:
 
 
 def rows_of(saved: dict[str, list[Saved]], steps: list[float], *, num_trained: int) -> list[Row]:
-    """Give the answers."""
+    """Return the answers."""
     # The first ones make the optimizer's state, and bring libraries into memory.
     ours, rival, steps = saved[OURS][1:], saved[RIVAL][1:], steps[1:]
     seconds = tuple(item.seconds for item in ours)

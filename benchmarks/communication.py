@@ -119,7 +119,7 @@ class Meter:
             yield
 
     def count(self, forward_and_backward: Callable[[], object], update: Callable[[], object]) -> Step:
-        """Run a step inside of ``listening``; give what it took."""
+        """Run a step inside of ``listening``; return what it took."""
         self.step, self._updates = Step(), False
         torch.distributed.barrier()
         began = time.perf_counter()
@@ -190,7 +190,7 @@ def write_base(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def measure(base_folder: Path, *, num_tokens: int, num_steps: int) -> list[Row]:
-    """Train both ways on this rank; give the rows on the first rank."""
+    """Train both ways on this rank; return the rows on the first rank."""
     ignore_calls_of_libraries()
     torch.set_num_threads(1)
     config = parse(["--ds_config", str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")])
@@ -255,7 +255,7 @@ def with_lora(base: Any, engine_config: dict[str, Any]) -> PeftModel:
 
 
 def steps_of(engine: Any, *, num_tokens: int, num_steps: int) -> list[Step]:
-    """Train on one row of random tokens again and again; give what the last steps took."""
+    """Train on one row of random tokens again and again; return what the last steps took."""
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     input_ids = torch.randint(VOCABULARY, (1, num_tokens), generator=generator)
 

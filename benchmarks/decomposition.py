@@ -90,7 +90,7 @@ def by_svd(weight_OI: Tensor, indices_ED: Tensor) -> Directions:
 
 
 def timed(work: Callable[[], Directions]) -> tuple[Directions, float]:
-    """Give what was found and the seconds it took."""
+    """Return what was found and the seconds it took."""
     began = time.perf_counter()
     found = work()
     if torch.cuda.is_available():
@@ -99,7 +99,7 @@ def timed(work: Callable[[], Directions]) -> tuple[Directions, float]:
 
 
 def error_of(weight_OI: Tensor, directions: Directions) -> float:
-    """Give the largest error of a triplet, in the precision in which triplets are kept."""
+    """Return the largest error of a triplet, in the precision in which triplets are kept."""
     u_OR, s_R, v_RI = (tensor.float().double() for tensor in directions)
     weight_OI = weight_OI.double()
     residuals = weight_OI @ v_RI.T - u_OR * s_R, weight_OI.T @ u_OR - v_RI.T * s_R

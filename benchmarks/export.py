@@ -188,7 +188,7 @@ def seconds_of(write: Callable[[Path], object], output: Path) -> float:
 
 
 def memory_of(export: Export, model: Path) -> int:
-    """Give the bytes by which an export raises the resident memory of this process at its peak."""
+    """Return the bytes by which an export raises the resident memory of this process at its peak."""
     export.write(model / "tiny" / export.adapter, model / "tiny" / "out")
     shutil.rmtree(model / "tiny" / "out")
     # Lets the kernel forget the peak so far (proc(5), clear_refs).

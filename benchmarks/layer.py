@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Give what is measured as rows."""
+    """Return what is measured as rows."""
     for shape in arguments.shape:
         out_in = f"{SHAPES[shape][1]} x {SHAPES[shape][0]}"
         if shape in LLAMA:
@@ -97,7 +97,7 @@ def pair_of(shape: str, ours: Callable[[Tensor], Any], rival: Callable[[Tensor],
 
 
 def linear(weight_OI: Tensor) -> nn.ModuleDict:
-    """Give a model of one frozen layer."""
+    """Return a model of one frozen layer."""
     out_features, in_features = weight_OI.shape
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -105,13 +105,13 @@ def linear(weight_OI: Tensor) -> nn.ModuleDict:
 
 
 def lora(weight_OI: Tensor, *, dropout: float = 0.0) -> Any:
-    """Give the layer with PEFT's LoRA, in its dtype."""
+    """Return the layer with PEFT's LoRA, in its dtype."""
     config = LoraConfig(r=R, lora_dropout=dropout, target_modules=["layer"])
     return get_peft_model(linear(weight_OI), config, autocast_adapter_dtype=False).base_model.model["layer"]  # type: ignore[arg-type]
 
 
 def goat(weight_OI: Tensor, *, residual: str = "lowrank", dropout: float = 0.0) -> Any:
-    """Give the layer with experts, filled with anything: what it costs does not depend on it."""
+    """Return the layer with experts, filled with anything: what it costs does not depend on it."""
     config = GoatConfig(
         r=R,
         num_experts=NUM_EXPERTS,
@@ -144,7 +144,7 @@ def timed(question: str, pair: Pair, *, at_most: float, repetitions: int) -> Row
 
 
 def pass_both_ways(layer: Any, x: Tensor, grad: Tensor) -> float:
-    """Give the seconds of one forward and backward: those worked, whatever else the machine does."""
+    """Return the seconds of one forward and backward: those worked, whatever else the machine does."""
     layer.zero_grad()
     x.grad = None
     began = time.process_time()

@@ -41,7 +41,7 @@ class LiveTensors(TorchDispatchMode):
         return outputs
 
     def without(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Give a function whose tensors, results included, are not counted."""
+        """Return a function whose tensors, results included, are not counted."""
 
         def uncounted(*args: Any) -> Any:
             self._is_counting = False
@@ -63,7 +63,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
-    """Give the tensors in nested values that have memory."""
+    """Return the tensors in nested values that have memory."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
 
 

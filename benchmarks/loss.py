@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def output_layer(vocabulary: int) -> Any:
-    """Give Gemma-3-270M without decoder layers, frozen; the embedding's output takes the gradient."""
+    """Return Gemma-3-270M without decoder layers, frozen; the embedding's output takes the gradient."""
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(vocab_size=vocabulary, hidden_size=640, num_hidden_layers=2, layer_types=layer_types)
@@ -108,7 +108,7 @@ def seconds_of(loss: Callable[[], Tensor]) -> float:
 
 
 def peak_of(loss: Callable[[], Tensor]) -> int:
-    """Give the bytes of all tensors of forward and backward at the worst moment."""
+    """Return the bytes of all tensors of forward and backward at the worst moment."""
     with LiveTensors() as live:
         loss().backward()
     return live.peak

@@ -109,7 +109,7 @@ def write_base(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def settings(folder: Path, case: Case, *, num_tokens: int) -> TrainConfig:
-    """Give the settings of a case; its decompositions are never in the cache."""
+    """Return the settings of a case; its decompositions are never in the cache."""
     paths = ["--model", str(folder), "--ds_config", str(folder / f"zero{case.stage}.json")]
     caches = ["--output_dir", str(folder / "run"), "--svd_cache", str(folder / f"svd {case.name}")]
     return parse([*paths, *caches, "--max_length", str(num_tokens), *case.flags])
@@ -136,7 +136,7 @@ def compare(folder: Path, number: int, case: Case, *, num_tokens: int) -> list[R
 
 
 def run(folder: Path, number: int, *, num_tokens: int) -> Used:
-    """Run a case in fresh processes; give the most that any rank held."""
+    """Run a case in fresh processes; return the most that any rank held."""
     flags = ["--base", folder, "--case", number, "--tokens", num_tokens]
     start_ranks(__file__, *flags, world_size=WORLD_SIZE, quietly=True)
     found = [Used(**json.loads((folder / f"rank{rank}.json").read_text())) for rank in range(WORLD_SIZE)]

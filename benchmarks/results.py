@@ -65,7 +65,7 @@ class Row:
         return low, high
 
     def cells(self) -> list[str]:
-        """Give the row as the table shows it."""
+        """Return the row as the table shows it."""
         low, high = self.quartiles
         return [
             self.question,
@@ -89,7 +89,7 @@ COLUMNS = ["what, against what", "ours", "rival", "ratio", "quartiles", "target 
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-    """Give a script the flag that says where its rows go."""
+    """Return a script the flag that says where its rows go."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that the rows are appended to")
 
 
@@ -111,7 +111,7 @@ def publish(rows: Iterable[Row], *, parser: argparse.ArgumentParser, arguments: 
 
 
 def with_table(page: str, found: Iterable[dict[str, Any]]) -> str:
-    """Give a page with its table of every script's newest run.
+    """Return a page with its table of every script's newest run.
 
     Args:
         page: Text with the two marks that the table stands between.

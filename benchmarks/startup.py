@@ -97,7 +97,7 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
 
 
 def row(name: str, ours: list[float], rival: list[float]) -> results.Row:
-    """Give the answer for a cold or a cached start."""
+    """Return the answer for a cold or a cached start."""
     return results.Row(
         question=f"starting an adapter on 2 ranks, {name}, against torch.linalg.svd of every weight on every rank",
         ours=tuple(ours),
@@ -116,7 +116,7 @@ def decompose_everything(model: Any) -> None:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Give the seconds until the slower rank is done."""
+    """Return the seconds until the slower rank is done."""
     torch.distributed.barrier()
     began = time.monotonic()
     work()

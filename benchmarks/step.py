@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def timed_round(ways: dict[str, Way], stream: Iterator[StepBatch], *, number: int) -> dict[str, float]:
-    """Give the seconds of one step of every way that has its turn; none always follows the same one."""
+    """Return the seconds of one step of every way that has its turn; none always follows the same one."""
     names = [name for name in ways if name != LOOP or number % ROUNDS_A_LOOP == 0]
     first = number % len(names)
     batch = next(stream)
@@ -96,7 +96,7 @@ def timed_round(ways: dict[str, Way], stream: Iterator[StepBatch], *, number: in
 
 
 def rows(seconds: list[dict[str, float]], peaks: dict[str, int], arguments: argparse.Namespace) -> Iterator[Row]:
-    """Give what was measured as rows."""
+    """Return what was measured as rows."""
     work = f"a training step of Gemma-3-270M's shapes on {arguments.tokens:,} tokens"
     for ours, rival, at_most in ((LOWRANK, RIVAL, 1.05), (FOLD, RIVAL, 1.0), (LOWRANK, LOOP, 0.6)):
         pairs = [(found[ours], found[rival]) for found in seconds if rival in found]
@@ -117,7 +117,7 @@ def rows(seconds: list[dict[str, float]], peaks: dict[str, int], arguments: argp
 
 
 def random_base(*, num_layers: int, vocabulary: int) -> Any:
-    """Give a base of Gemma-3-270M's shapes with random weights."""
+    """Return a base of Gemma-3-270M's shapes with random weights."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
@@ -150,7 +150,7 @@ class Unrouted:
         self.signal = BalanceSignal()
 
     def with_balance_loss(self, loss: Tensor, *, weight: float) -> Tensor:
-        """Give the loss as it is."""
+        """Return the loss as it is."""
         return loss
 
 
@@ -187,7 +187,7 @@ class ExpertLoop(nn.Module):
         self.balance = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the base's output plus the experts'."""
+        """Return the base's output plus the experts'."""
         y = self.base_layer(x)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         probs_TE = functional.softmax(self.router(x_TI), dim=-1, dtype=torch.float32)
@@ -234,7 +234,7 @@ WAYS: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
 
 
 def steps(*, num_tokens: int, vocabulary: int) -> Iterator[StepBatch]:
-    """Give one full row of random documents after the other."""
+    """Return one full row of random documents after the other."""
     generator = torch.Generator().manual_seed(0)
     length = num_tokens // DOCUMENTS
     num_labels = round(LABEL_SHARE * length)
@@ -266,14 +266,14 @@ def step(way: Way, batch: StepBatch) -> None:
 
 
 def timed(way: Way, batch: StepBatch) -> float:
-    """Give the seconds of one step: those worked, whatever else the machine does."""
+    """Return the seconds of one step: those worked, whatever else the machine does."""
     began = time.process_time()
     step(way, batch)
     return time.process_time() - began
 
 
 def peak_of(way: Way, stream: Iterator[StepBatch]) -> int:
-    """Give the most bytes that all of a way's tensors take in its second step; the first makes optimizer states."""
+    """Return the most bytes that all of a way's tensors take in its second step; the first makes optimizer states."""
     first, second = itertools.islice(stream, 2)
     with way.live:
         step(way, first)

@@ -56,7 +56,7 @@ class ExportError(GoatError, RuntimeError):
 
 
 def raised_everywhere(*problems: str) -> ConfigError:
-    """Give an error that every rank of the run raises alike, so that one of them says it."""
+    """Return an error that every rank of the run raises alike, so that one of them says it."""
     error = ConfigError(*problems)
     error.raised_everywhere = True
     return error

@@ -18,7 +18,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damages(folder: Path, *, below: str = "") -> Iterator[str]:
-    """Say, one line each, what is not as the manifest has it.
+    """Yield, one line each, what is not as the manifest has it.
 
     Tensors and settings that it does not name are damages, notes of the user's are not.
 
@@ -65,6 +65,6 @@ def _damages_of(path: Path, num_bytes: int, digest: str) -> Iterator[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """Give the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ def run(*command: str) -> None:
 
 
 def unused(stem: Path) -> Path:
-    """Give the first of ``stem-1``, ``stem-2`` … that does not exist."""
+    """Return the first of ``stem-1``, ``stem-2`` … that does not exist."""
     return next(path for n in count(1) if not (path := stem.with_name(f"{stem.name}-{n}")).exists())
 
 

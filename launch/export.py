@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_useless(args: argparse.Namespace) -> None:
-    """Hold that every flag given has an effect.
+    """Check that every flag given has an effect.
 
     Raises:
         ConfigError: with each that has none.

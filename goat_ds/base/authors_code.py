@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
 def config_as_stored(model: str, *, revision: str = "main") -> dict[str, Any]:
-    """Give a model's config.json without looking for the class it belongs to.
+    """Return a model's config.json without looking for the class it belongs to.
 
     Raises:
         OSError: there is none.

@@ -23,7 +23,7 @@ CHUNK_VALUES = 2**22
 
 
 def label_logits(model: Any, batch: MicroBatch) -> Tensor:
-    """Give the logits ``[L, V]`` where a micro-batch has labels, in the dtype they are computed in.
+    """Return the logits ``[L, V]`` where a micro-batch has labels, in the dtype they are computed in.
 
     Args:
         model: Whatever is called as a causal language model of transformers is.
@@ -41,17 +41,17 @@ def label_logits(model: Any, batch: MicroBatch) -> Tensor:
 
 
 def label_targets(batch: MicroBatch) -> Tensor:
-    """Give the label tokens of a micro-batch ``[L]``."""
+    """Return the label tokens of a micro-batch ``[L]``."""
     return batch.labels[0, batch.label_index]
 
 
 def label_loss_sum(model: Any, batch: MicroBatch) -> Tensor:
-    """Give the summed cross-entropy of a micro-batch's labels, in nats; arguments as for ``label_logits``."""
+    """Return the summed cross-entropy of a micro-batch's labels, in nats; arguments as for ``label_logits``."""
     return cross_entropy_sum(label_logits(model, batch), label_targets(batch))
 
 
 def cross_entropy_sum(logits_LV: Tensor, targets_L: Tensor) -> Tensor:
-    """Give the summed cross-entropy in nats, in fp32 or better. Backward writes over the logits.
+    """Return the summed cross-entropy in nats, in fp32 or better. Backward writes over the logits.
 
     Args:
         logits_LV: In any float dtype; nothing may need their values after backward has begun.

@@ -81,7 +81,7 @@ def _order(dataset: Dataset, seed: int) -> np.ndarray:
 
 
 def _until(dataset: Dataset, order: np.ndarray, column: str, enough: int) -> np.ndarray:
-    """Give the first rows of ``order`` in which a column adds up to ``enough``, or all."""
+    """Return the first rows of ``order`` in which a column adds up to ``enough``, or all."""
     counts = dataset.with_format("numpy", columns=[column])
     total = 0
     for num_rows, row in enumerate(order, start=1):
@@ -92,7 +92,7 @@ def _until(dataset: Dataset, order: np.ndarray, column: str, enough: int) -> np.
 
 
 def _rows(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> Dataset:
-    """Give rows of a data set in memory, so that nothing depends on the files it is mapped from."""
+    """Return rows of a data set in memory, so that nothing depends on the files it is mapped from."""
     columns = dataset.select_columns(list(SAMPLE_FEATURES))[[int(row) for row in rows]]
     return Dataset.from_dict(columns, features=SAMPLE_FEATURES)
 

@@ -81,7 +81,7 @@ class Tokenised(NamedTuple):
 
 
 def content_digest(dataset: Dataset) -> str:
-    """Give a sha256 over the ids and labels of tokenised records, in their order, wherever they came from."""
+    """Return a sha256 over the ids and labels of tokenised records, in their order, wherever they came from."""
     digest = hashlib.sha256()
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
         for name in ("input_ids", "labels"):

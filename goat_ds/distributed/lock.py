@@ -37,7 +37,7 @@ def locked(folder: Path, *, timeout_minutes: float) -> Iterator[None]:
 
 
 def _hold(folder: Path, patience_s: float) -> int | None:
-    """Give what holds the folder; None where the disk knows no locks, which is said."""
+    """Return what holds the folder; None where the disk knows no locks, which is said."""
     descriptor = os.open(folder, os.O_RDONLY)
     until, told = time.monotonic() + patience_s, False
     while True:

@@ -36,7 +36,7 @@ class RunningClock:
         self._most_s, self._last = most_s, time.monotonic()
 
     def since_last(self) -> float:
-        """Give the seconds since the last call, at most ``most_s``."""
+        """Return the seconds since the last call, at most ``most_s``."""
         last, self._last = self._last, time.monotonic()
         return min(self._last - last, self._most_s)
 

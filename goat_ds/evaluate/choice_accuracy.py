@@ -68,7 +68,7 @@ def _num_labels(labels: Sequence[int]) -> int:
 
 @torch.no_grad()
 def log_likelihoods(model: Any, batch: Sequence[Candidates]) -> Tensor:
-    """Give the log-likelihood ``[N, C]`` of every answer of every question, in nats, fp32."""
+    """Return the log-likelihood ``[N, C]`` of every answer of every question, in nats, fp32."""
     num_choices = len(batch[0].rests)
     prompts = left_padded([candidate.shared for candidate in batch], device=model.device)
     rests = [ids for candidate in batch for ids in candidate.rests]
@@ -95,7 +95,7 @@ def _filled(ids: Sequence[int], filler: int, length: int) -> list[int]:
 
 
 def _read_prompts(model: Any, ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Any]:
-    """Give the logits behind each prompt ``[N, V]``, and the keys and values."""
+    """Return the logits behind each prompt ``[N, V]``, and the keys and values."""
     positions_NT = (mask_NT.cumsum(1) - 1).clamp(min=0)
     output = model(
         input_ids=ids_NT, attention_mask=mask_NT, position_ids=positions_NT, logits_to_keep=1, use_cache=True
@@ -104,7 +104,7 @@ def _read_prompts(model: Any, ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, 
 
 
 def _read_rests(model: Any, ids_ML: Tensor, mask_MT: Tensor, cache: Any) -> Tensor:
-    """Give the logits behind each token of the rests but the last ``[M, L - 1, V]``."""
+    """Return the logits behind each token of the rests but the last ``[M, L - 1, V]``."""
     # Padding behind an answer is seen by nothing that counts, so it needs no mask.
     ids_ML = ids_ML[:, :-1]
     positions_ML = mask_MT.sum(1, keepdim=True) + torch.arange(ids_ML.shape[1], device=ids_ML.device)

@@ -116,7 +116,7 @@ def prepare(settings: EvalSettings, *, scratch: Path) -> Prepared:
 
 
 def _tried(make: Callable[[], T], problems: list[str]) -> T | None:
-    """Give what ``make`` gives, or add what is wrong to ``problems``."""
+    """Return what ``make`` gives, or add what is wrong to ``problems``."""
     try:
         return make()
     except ConfigError as error:

@@ -25,7 +25,7 @@ class Question(NamedTuple):
     """Without white space around it."""
 
     def answered(self, answer: str) -> list[Message]:
-        """Give the conversation as it is with another answer."""
+        """Return the conversation as it is with another answer."""
         return [*self.messages, {"role": "assistant", "content": answer}]
 
 
@@ -50,7 +50,7 @@ class Candidates(NamedTuple):
 
 
 def questions_of(records: Iterable[Record | Dropped]) -> list[Question]:
-    """Give the questions; texts and dropped records ask nothing."""
+    """Return the questions; texts and dropped records ask nothing."""
     return [
         Question(record.origin, record.messages[:-1], record.messages[-1]["content"].strip())
         for record in records
@@ -59,7 +59,7 @@ def questions_of(records: Iterable[Record | Dropped]) -> list[Question]:
 
 
 def prompts_of(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Give each question the ids to generate its answer from, which are how its training sequence begins.
+    """Return each question the ids to generate its answer from, which are how its training sequence begins.
 
     Raises:
         ConfigError: the tokenizer has no EOS, or its chat template refuses conversations: each with its origin.
@@ -76,7 +76,7 @@ def prompts_of(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
 
 
 def choices_of(questions: Sequence[Question], named: Sequence[str]) -> list[str]:
-    """Give the choices, the same for every question: those that were named, else the different answers of the data.
+    """Return the choices, the same for every question: those that were named, else the different answers of the data.
 
     Raises:
         ConfigError: an answer is none of those named, or there is no choice or too much of it.

@@ -37,7 +37,7 @@ class Report:
     """What lm-evaluation-harness measured, by task."""
 
     def __str__(self) -> str:
-        """Give the table, a line a number."""
+        """Return the table, a line a number."""
         rows = list(self._rows())
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(
@@ -68,7 +68,7 @@ class Report:
                 yield f"{task} {name}", value, ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what the JSON file holds."""
+        """Return what the JSON file holds."""
         values = dict(vars(self))
         for name in ("perplexity", "exact_match", "choice_accuracy"):
             values[name] = values[name] and values[name]._asdict()

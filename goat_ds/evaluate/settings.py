@@ -77,7 +77,7 @@ class EvalSettings:
         return tuple(metric for metric in Metric if metric in self.metrics)
 
     def problems(self) -> Iterator[str]:
-        """Say, one line each, what is wrong with the settings themselves."""
+        """Yield, one line each, what is wrong with the settings themselves."""
         for name in self.metrics or ():
             if name not in list(Metric):
                 yield f"metrics ({name}) must be of {', '.join(Metric)}"

@@ -57,7 +57,7 @@ class Adapter:
         return self.config.routed and self.config.num_experts > 1
 
     def in_features(self, path: str) -> int:
-        """Give ``I`` of one layer."""
+        """Return ``I`` of one layer."""
         return self.layers[path]["A"].shape[1]
 
     @property
@@ -75,7 +75,7 @@ class Adapter:
         return next(iter(self.layers.values()))["A"].dtype
 
     def scale(self, path: str) -> float:
-        """Give ``s`` of one layer; with GOAT-s it is the tensor ``s`` that counts."""
+        """Return ``s`` of one layer; with GOAT-s it is the tensor ``s`` that counts."""
         return expert_scale(
             self.config.scaling,
             in_features=self.layers[path]["A"].shape[1],
@@ -118,7 +118,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
 
 
 def find_adapter(checkpoint: Path) -> Path:
-    """Give the adapter folder that ``checkpoint`` means.
+    """Return the adapter folder that ``checkpoint`` means.
 
     Raises:
         ConfigError: there is none.

@@ -118,7 +118,7 @@ def base_tensors(adapter: Adapter, base: StoredBase, merge_base: MergeBase, *, f
 
 
 def _check_whole(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> None:
-    """Hold that the base's files have every parameter: transformers would draw a missing one at random."""
+    """Check that the base's files have every parameter: transformers would draw a missing one at random."""
     ties, have = base.skeleton.all_tied_weights_keys, {*key_of, *adapter.whole}
     have |= {name for pair in ties.items() if have & set(pair) for name in pair}
     if missing := [name for name, _ in base.skeleton.named_parameters() if name not in have]:
@@ -168,7 +168,7 @@ def _base_tensor(
 
 
 def _fold(weight: StoredTensor, dtype: torch.dtype, adapter: Adapter, path: str, transposed: bool) -> Tensor:
-    """Give ``W0 - W_res`` laid out as the base stores its weight, subtracted in fp32 as in training."""
+    """Return ``W0 - W_res`` laid out as the base stores its weight, subtracted in fp32 as in training."""
     # A copy, because what was read is the file itself.
     value = weight.read().to(dtype, copy=True)
     adapter.fold_into_(value.T if transposed else value, path)
@@ -187,7 +187,7 @@ def trained_ties(adapter: Adapter, skeleton: PreTrainedModel) -> list[tuple[str,
 
 
 def _untied(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> dict[str, StoredTensor]:
-    """Give the tensors that the base's files do not hold, because they are tied there and no longer are."""
+    """Return the tensors that the base's files do not hold, because they are tied there and no longer are."""
     return {
         name: adapter.whole.get(name) or base.tensors[key_of[other]]
         for pair in trained_ties(adapter, base.skeleton)

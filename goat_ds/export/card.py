@@ -181,7 +181,7 @@ def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
 
 
 def _metrics(path: Path, step: int) -> Iterator[tuple[str, Any]]:
-    """Give what the run logged last before the checkpoint, if its log is still beside it."""
+    """Return what the run logged last before the checkpoint, if its log is still beside it."""
     if not path.is_file():
         return
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -73,7 +73,7 @@ def compare(model: Any, reference: Reference, *, name: str) -> Comparison:
 
 
 def divergence(trained_LV: Tensor, logits_LV: Tensor) -> Tensor:
-    """Give ``Σ_l KL(trained ‖ this)`` in nats, in fp32."""
+    """Return ``Σ_l KL(trained ‖ this)`` in nats, in fp32."""
     log_p_LV, log_q_LV = (
         torch.log_softmax(scores_LV, dim=-1, dtype=torch.float32) for scores_LV in (trained_LV, logits_LV)
     )

@@ -94,7 +94,7 @@ class Fitting:
         return found
 
     def _useless(self, routed: bool) -> Iterator[tuple[str, object, str]]:
-        """Walk over what is given and does nothing: its name, its value and why."""
+        """Yield what is given and does nothing: its name, its value and why."""
         is_dense = "the adapter is dense already"
         for name in ("fit", "calibration_tokens", "refine_steps"):
             if getattr(self, name) and not routed:

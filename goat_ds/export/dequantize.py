@@ -33,7 +33,7 @@ class MergeBase(StrEnum):
 
 
 def choose_weights(adapter: Adapter, base: StoredBase, wanted: MergeBase | None) -> MergeBase:
-    """Give the weights to write: those asked for, else those the adapter was trained on.
+    """Return the weights to write: those asked for, else those the adapter was trained on.
 
     Raises:
         ConfigError: nothing says how an unquantised base would have been quantised.
@@ -86,7 +86,7 @@ def packing_of_stored(base: StoredBase, key: str) -> Packing:
 
 
 def dequantized_names(adapter: Adapter, base: StoredBase, key_of: dict[str, str]) -> Iterator[str]:
-    """Walk over the parameters that ``dequant_w4`` writes as what their 4 bits stand for.
+    """Yield the parameters that ``dequant_w4`` writes as what their 4 bits stand for.
 
     Args:
         adapter: Says which layers were quantised in training, where the base is unquantised.
@@ -101,7 +101,7 @@ def dequantized_names(adapter: Adapter, base: StoredBase, key_of: dict[str, str]
 
 
 def dequantized(name: str, key: str, adapter: Adapter, base: StoredBase) -> StoredTensor:
-    """Give a linear layer's weight as what its 4 bits stand for, in the adapter's dtype; computed when it is read.
+    """Return a linear layer's weight as what its 4 bits stand for, in the adapter's dtype; computed when it is read.
 
     Args:
         name: Of the parameter.

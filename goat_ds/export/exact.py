@@ -76,7 +76,7 @@ def export_exact(
 
 
 def config_to_write(adapter: Adapter, base: StoredBase, merge_base: MergeBase) -> PreTrainedConfig:
-    """Give the base's config, with what ``modeling_goat`` needs to know beside it."""
+    """Return the base's config, with what ``modeling_goat`` needs to know beside it."""
     config = copy.deepcopy(base.skeleton.config)
     config.architectures = [modeling_goat.GoatForCausalLM.__name__]
     config.auto_map = {"AutoModelForCausalLM": f"modeling_goat.{modeling_goat.GoatForCausalLM.__name__}"}
@@ -104,7 +104,7 @@ def config_to_write(adapter: Adapter, base: StoredBase, merge_base: MergeBase) -
 
 
 def _check_names(tensors: dict[str, StoredTensor], config: PreTrainedConfig) -> None:
-    """Hold that transformers will find every tensor's place, and a tensor for every place of an adapted layer."""
+    """Check that transformers will find every tensor's place, and a tensor for every place of an adapted layer."""
     with torch.device("meta"):
         model = modeling_goat.goat_class(config.goat["architecture"])._from_config(copy.deepcopy(config))
     keys = KeyMap(model)

@@ -1,4 +1,4 @@
-"""Give every layer of a trained model its static form, from what its tokens do on the way through the model.
+"""Return every layer of a trained model its static form, from what its tokens do on the way through the model.
 
 Shape letters: O out features, I in features, R total rank.
 """
@@ -45,7 +45,7 @@ class LayerFit(NamedTuple):
 
 @torch.no_grad()
 def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = MOMENTS_BYTES) -> dict[str, LayerFit]:
-    """Give the static forms of every layer by its path, the same on every rank. A collective.
+    """Return the static forms of every layer by its path, the same on every rank. A collective.
 
     Args:
         trained: What was trained.
@@ -82,7 +82,7 @@ def _sum_over_ranks(moments: Mapping[str, Moments]) -> None:
 
 
 def _fit(experts: GoatExperts, moments: Moments, *, owner: int) -> LayerFit:
-    """Let one rank solve, and give all what it found."""
+    """Let one rank solve, and return all what it found."""
     forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
     told = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
     if owner == ranks.get_rank():

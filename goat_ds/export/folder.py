@@ -10,7 +10,7 @@ from goat_ds.errors import ConfigError, ExportError
 
 
 def check_new(output: Path) -> None:
-    """Hold that ``output`` is free, before anything is read for it.
+    """Check that ``output`` is free, before anything is read for it.
 
     Raises:
         ConfigError: it exists and is not an empty folder.
@@ -20,7 +20,7 @@ def check_new(output: Path) -> None:
 
 
 def check_room(output: Path, num_bytes: int) -> None:
-    """Hold that the disk has room, before hours go into what is to be written.
+    """Check that the disk has room, before hours go into what is to be written.
 
     Raises:
         ExportError: it has less than ``num_bytes``.
@@ -36,7 +36,7 @@ def check_room(output: Path, num_bytes: int) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``output`` that takes its name at the end, or is removed on any error.
+    """Return a temporary folder beside ``output`` that takes its name at the end, or is removed on any error.
 
     Raises:
         ExportError: the disk refuses.

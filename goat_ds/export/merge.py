@@ -48,7 +48,7 @@ class Merge(NamedTuple):
         return start_is_packed(self.adapter, self.merge_base)
 
     def delta(self, path: str, static: Factors) -> Factors:
-        """Give a layer's ``ΔW`` in fp32 from its ``A'`` and ``B``."""
+        """Return a layer's ``ΔW`` in fp32 from its ``A'`` and ``B``."""
         tensors, config = self.adapter.layers[path], self.adapter.config
         start = None
         place = static.a_RI.device
@@ -60,7 +60,7 @@ class Merge(NamedTuple):
         return dense_factors(static, start, scale_R=scale_R, num_experts=config.num_experts)
 
     def stored_delta(self, path: str) -> Factors:
-        """Give the ``ΔW`` of a layer that was trained static."""
+        """Return the ``ΔW`` of a layer that was trained static."""
         tensors = self.adapter.layers[path]
         return self.delta(path, Factors(tensors["A"].read().float(), tensors["B"].read().float()))
 
@@ -118,7 +118,7 @@ def _merged(tensor: StoredTensor, dtype: torch.dtype, path: str, delta_of: Delta
 
 
 def dense_config(merge: Merge) -> PreTrainedConfig:
-    """Give the base's config, changed only where the weights are."""
+    """Return the base's config, changed only where the weights are."""
     config = copy.deepcopy(merge.base.skeleton.config)
     if merge.base.is_4bit:
         del config.quantization_config

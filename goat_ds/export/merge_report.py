@@ -244,7 +244,7 @@ def _report(mode: str, adapter: Adapter, base: StoredBase, merge_base: MergeBase
 
 
 def hub_name(base: str) -> str | None:
-    """Give a base as the hub knows it; a path on the disk of the training machine means nothing there."""
+    """Return a base as the hub knows it; a path on the disk of the training machine means nothing there."""
     return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
 
 

@@ -63,7 +63,7 @@ class GoatLayer(nn.Module):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Give the base's output plus the experts'."""
+        """Return the base's output plus the experts'."""
         base: Tensor = self.base_layer(x, *args, **kwargs)
         base_TO = base.reshape(-1, base.shape[-1])
         x_TI = x.reshape(-1, x.shape[-1]).to(base.dtype)
@@ -82,7 +82,7 @@ class GoatLayer(nn.Module):
         return torch.addmm(base_TO, h_TS, torch.cat([b_OR, self.goat_B0.to(dtype)], dim=1).T)
 
     def _activations(self, x_TI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Give ``A x``, ``A0 x`` and the router's logits, by one product where one can give the logits in fp32."""
+        """Return ``A x``, ``A0 x`` and the router's logits, by one product where one can give the logits in fp32."""
         dtype, router_EI = x_TI.dtype, self.goat_router
         is_half = dtype != torch.promote_types(dtype, torch.float32)
         is_apart = router_EI is not None and is_half and not (x_TI.is_cuda and router_EI.dtype == dtype)
@@ -194,7 +194,7 @@ def goat_class(architecture: str) -> type[PreTrainedModel]:
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Give out and in features."""
+    """Return out and in features."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features  # type: ignore[return-value]

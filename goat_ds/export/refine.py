@@ -103,7 +103,7 @@ def _others(batch: MicroBatch, chance: torch.Generator) -> Tensor:
 
 
 def _gradients(trained: TrainedModel, batch: MicroBatch, others_L: Tensor, factors: list[nn.Parameter]) -> Tensor:
-    """Add the gradient of this rank's mean divergence, at labels and at other positions; give that at labels."""
+    """Add the gradient of this rank's mean divergence, at labels and at other positions; return that at labels."""
     num_labels = len(batch.label_index)
     batch = batch._replace(label_index=torch.cat([batch.label_index, others_L])).to(ranks.device())
     with torch.no_grad(), trained.computing_with(TRAINED) as model:

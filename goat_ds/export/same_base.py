@@ -9,7 +9,7 @@ from goat_ds.tuner.fingerprint import LayerSample, fingerprint, sample_layer
 
 
 def check_base(adapter: Adapter, base: StoredBase) -> None:
-    """Hold that a base has the weights that the adapter was trained on.
+    """Check that a base has the weights that the adapter was trained on.
 
     It is not known where the adapter was trained on a base that was stored in 4 bits, or this one is.
 

@@ -120,13 +120,13 @@ class StoredBase:
         return f"{key}.absmax" in self.tensors
 
     def statistics(self, key: str) -> dict[str, StoredTensor]:
-        """Give what bitsandbytes stores beside a packed tensor, under bitsandbytes' names."""
+        """Return what bitsandbytes stores beside a packed tensor, under bitsandbytes' names."""
         prefix = f"{key}."
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 def find_base(adapter: Adapter, base: str | None = None, *, weights: bool) -> StoredBase:
-    """Give the base in a folder, in the Hugging Face cache or on the hub.
+    """Return the base in a folder, in the Hugging Face cache or on the hub.
 
     Args:
         adapter: Whose base is wanted.
@@ -170,7 +170,7 @@ class KeyMap:
         self._parameters = model.state_dict()
 
     def parameter(self, key: str) -> str | None:
-        """Give the parameter's name, or None where the model has no use for the tensor."""
+        """Return the parameter's name, or None where the model has no use for the tensor."""
         name, _ = self._rename(key)
         return name if name in self._parameters else None
 

@@ -97,7 +97,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def read_unmapped(tensor: StoredTensor) -> Tensor:
-    """Give a tensor in memory of its own: faulting in the pages of a mapped file takes longer than reading it."""
+    """Return a tensor in memory of its own: faulting in the pages of a mapped file takes longer than reading it."""
     if tensor.place is None:
         return tensor.read()
     content = torch.empty(tensor.num_bytes, dtype=torch.uint8)
@@ -109,7 +109,7 @@ def read_unmapped(tensor: StoredTensor) -> Tensor:
 
 
 def plan_shards(tensors: Mapping[str, StoredTensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Give the names of the tensors of each weights file, in the order of ``tensors``.
+    """Return the names of the tensors of each weights file, in the order of ``tensors``.
 
     Args:
         tensors: What will be written.

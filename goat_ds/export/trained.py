@@ -55,12 +55,12 @@ class TrainedModel:
         return {_path_in_base(item.path): item.layer for item in named_experts(self.model, TRAINED)}
 
     def experts(self, name: str = TRAINED) -> dict[str, GoatExperts]:
-        """Give one adapter's experts by path in the base."""
+        """Return one adapter's experts by path in the base."""
         return {path: layer.goat_experts[name] for path, layer in self.layers.items()}  # type: ignore[misc]
 
     @contextmanager
     def computing_with(self, name: str) -> Iterator[nn.Module]:
-        """Give the model with one of its two adapters active."""
+        """Return the model with one of its two adapters active."""
         for layer in self.layers.values():
             layer.set_adapter([name])
         try:

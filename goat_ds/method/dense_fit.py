@@ -73,7 +73,7 @@ def add_input_moments_(xx_II: Tensor, x_TI: Tensor) -> None:
 
 
 def mixture_moments(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> MixtureMoments:
-    """Give a layer's own sums over tokens, whose inputs are in fp32 or better."""
+    """Return a layer's own sums over tokens, whose inputs are in fp32 or better."""
     h_TR, gates_TE = gated_activations(x_TI, factors, settings)
     return MixtureMoments(h_TR.T @ x_TI, h_TR.T @ h_TR, gates_TE.sum(dim=0))
 
@@ -85,7 +85,7 @@ def is_finite(moments: Moments) -> bool:
 
 
 def mean_gates_form(a_RI: Tensor, moments: Moments) -> Tensor:
-    """Give ``E[g] ∘ A`` in float64 ``[R, I]``: what is left of the routing when every gate is its mean."""
+    """Return ``E[g] ∘ A`` in float64 ``[R, I]``: what is left of the routing when every gate is its mean."""
     mean_E = moments.gates_E.double() / moments.num_tokens
     return mean_E.repeat_interleave(len(a_RI) // len(mean_E))[:, None] * a_RI.double()
 
@@ -127,7 +127,7 @@ def _symmetric(lower_II: Tensor) -> Tensor:
 
 
 def _unexplained(a_RI: Tensor, b_OR: Tensor, moments: Moments, xx_II: Tensor) -> float:
-    """Give ``E‖B(h - A'x)‖² / E‖B h‖²``; 0 where the mixture gives nothing."""
+    """Return ``E‖B(h - A'x)‖² / E‖B h‖²``; 0 where the mixture gives nothing."""
     hx_RI, hh_RR = moments.hx_RI.double(), moments.hh_RR.double()
     cross_RR = a_RI @ hx_RI.T
     left_RR = hh_RR - cross_RR - cross_RR.T + a_RI @ xx_II @ a_RI.T
@@ -137,7 +137,7 @@ def _unexplained(a_RI: Tensor, b_OR: Tensor, moments: Moments, xx_II: Tensor) ->
 
 
 def dense_factors(static: Factors, start: Factors | None, *, scale_R: Tensor | float, num_experts: int) -> Factors:
-    """Give ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A = s B A' - s/E B0 A0``; S is R, or 2 R with a start.
+    """Return ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A = s B A' - s/E B0 A0``; S is R, or 2 R with a start.
 
     Every row of ``A`` is as large as its column of ``B``.
 
@@ -156,14 +156,14 @@ def dense_factors(static: Factors, start: Factors | None, *, scale_R: Tensor | f
 
 
 def _balanced(factors: Factors) -> Factors:
-    """Give the same product with every row of ``A`` as large as its column of ``B``: steps and rounding suit both."""
+    """Return the same product with every row of ``A`` as large as its column of ``B``: steps and rounding suit both."""
     a_R, b_R = factors.a_RI.norm(dim=1), factors.b_OR.norm(dim=0)
     ratio_R = torch.where((a_R > 0) & (b_R > 0), (b_R / a_R).sqrt(), torch.ones_like(a_R))
     return Factors(factors.a_RI * ratio_R[:, None], factors.b_OR / ratio_R)
 
 
 def merged(weight_OI: Tensor, delta: Factors, *, dtype: torch.dtype) -> Tensor:
-    """Give ``W + ΔW`` in a dtype, added in fp32 or better and rounded once.
+    """Return ``W + ΔW`` in a dtype, added in fp32 or better and rounded once.
 
     Some rows at a time, so that beside the weight and the result nothing of their size is ever there.
     """

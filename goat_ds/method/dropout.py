@@ -11,12 +11,12 @@ STEPS = 2**16
 
 
 def kept_share(dropout: float) -> float:
-    """Give the probability that a value is kept, as it is drawn: never 1 or 0, where ``dropout`` is not 0 or 1."""
+    """Return the probability that a value is kept, as it is drawn: never 1 or 0, where ``dropout`` is not 0 or 1."""
     return 1 - _num_dropped(dropout) / STEPS
 
 
 def dropout_mask(x_TI: Tensor, *, dropout: float, seed: int) -> Tensor:
-    """Give 1 where ``x`` is kept, else 0, in the dtype of ``x``; the same for the same seed on the same device.
+    """Return 1 where ``x`` is kept, else 0, in the dtype of ``x``; the same for the same seed on the same device.
 
     What is kept is to be divided by ``kept_share``.
     """

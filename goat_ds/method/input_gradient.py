@@ -49,7 +49,7 @@ def _running_backward() -> int:
 
 
 def gradient_together(x: Tensor) -> tuple[Tensor, GradientTogether]:
-    """Give the ``x`` to call the frozen layer with, and what takes the mixtures' parts of its gradient.
+    """Return the ``x`` to call the frozen layer with, and what takes the mixtures' parts of its gradient.
 
     The frozen layer must make its gradient for nobody else, as a product does. Where its output leads to a loss through
     the mixtures, their backward is over when its own begins.

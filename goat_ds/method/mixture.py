@@ -84,7 +84,7 @@ class GatedActivations(NamedTuple):
 
 
 def gated_activations(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> GatedActivations:
-    """Give what a router lets through of the rank-R activations; has no gradient of its own."""
+    """Return what a router lets through of the rank-R activations; has no gradient of its own."""
     u_TR, _, logits_TE = _activations(x_TI, factors._replace(a0_RI=None), settings, None)
     assert logits_TE is not None, "a layer without a router is static already"
     gates_TE = top_k_gates(logits_TE, top_k=settings.top_k).gates_TE
@@ -103,7 +103,7 @@ def mixture(
     into_base: bool = False,
     together: GradientTogether | None = None,
 ) -> MixtureOutput:
-    """Give ``base + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``, and what the router did.
+    """Return ``base + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``, and what the router did.
 
     Args:
         x: Input ``[..., I]``; factors are cast to its dtype, the router's product is taken in fp32 or better.
@@ -250,7 +250,7 @@ def _has_wide_product(x_TI: Tensor, router_EI: Tensor) -> bool:
 
 
 def _products(x_TI: Tensor, weights: Sequence[Tensor | None], *, wide: bool) -> list[Tensor | None]:
-    """Give ``x`` times each weight that is there, by one product over ``x``; in fp32 or better, if ``wide``."""
+    """Return ``x`` times each weight that is there, by one product over ``x``; in fp32 or better, if ``wide``."""
     there = [weight.to(x_TI.dtype) for weight in weights if weight is not None]
     if not there:
         return [None] * len(weights)
@@ -264,7 +264,7 @@ def _products(x_TI: Tensor, weights: Sequence[Tensor | None], *, wide: bool) -> 
 
 
 def _widened_logits(x_TI: Tensor, router_EI: Tensor) -> Tensor:
-    """Give the logits of half-precision ``x`` in fp32, copying a piece of it at a time; their memory is ``[E, T]``."""
+    """Return the logits of half-precision ``x`` in fp32, copying a piece of it at a time; memory is ``[E, T]``."""
     wide, (num_tokens, in_features) = torch.float32, x_TI.shape
     router_EI = router_EI.to(wide)
     num_bytes = WIDENED_BYTES if x_TI.device.type == "cpu" else LAUNCHED_BYTES
@@ -350,13 +350,13 @@ def _logits_gradient(ctx: Any, gates: Gates, grad_gates_TE: Tensor) -> Tensor:
 
 
 def _summed_over_tokens(few_TG: Tensor, many_TI: Tensor) -> Tensor:
-    """Give ``fewᵀ many`` ``[G, I]``."""
+    """Return ``fewᵀ many`` ``[G, I]``."""
     # Laid out by rows, the small factor makes this up to a third faster.
     return few_TG.T.contiguous() @ many_TI
 
 
 def _gradients_by_input(x_TI: Tensor, grads: _RankGradients, mask_TI: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Give the gradients of ``A`` and of the router, one product with ``x`` for both unless dropout parts them."""
+    """Return the gradients of ``A`` and of the router, one product with ``x`` for both unless dropout parts them."""
     if grads.logits_TE is None:
         return _summed_over_tokens(grads.u_TR, _dropped(x_TI, mask_TI)), None
     if mask_TI is not None:

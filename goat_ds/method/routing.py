@@ -70,19 +70,19 @@ class BalanceSignal:
         self.balance[name] = coef * load.balance_loss
 
     def balance_loss(self) -> Tensor | None:
-        """Give ``Σ_layers coef L_b`` of the current forward, detached; None where nothing was routed."""
+        """Return ``Σ_layers coef L_b`` of the current forward, detached; None where nothing was routed."""
         losses = list(self.balance.values())
         # Layers may live on several devices.
         return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum() if losses else None
 
     def mask_of(self, num_tokens: int) -> Tensor | None:
-        """Give the mask ``[T]`` if it speaks about these tokens; a pooled head sees sequences, not tokens."""
+        """Return the mask ``[T]`` if it speaks about these tokens; a pooled head sees sequences, not tokens."""
         if self.mask is None or self.mask.numel() != num_tokens:
             return None
         return self.mask.reshape(-1)
 
     def take_upstream(self, *, like: Tensor) -> Tensor:
-        """Give the factor for a router's balance gradient, where ``like`` is; 0 with a warning when no loss has it."""
+        """Return the factor for a router's balance gradient, where ``like`` is; 0 and a warning when no loss has it."""
         if self.upstream is None:
             _warn("nothing told it of the routers")
             self.upstream = 0.0
@@ -126,7 +126,7 @@ def router_load(gates: Gates, *, top_k: int, mask_T: Tensor | None) -> RouterLoa
 
 
 def real_token_weights(probs_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Give ``1/T`` for every real token and 0 for padding ``[T]``; all zero when nothing is real."""
+    """Return ``1/T`` for every real token and 0 for padding ``[T]``; all zero when nothing is real."""
     if mask_T is None:
         return probs_TE.new_full((probs_TE.shape[0],), 1 / max(probs_TE.shape[0], 1))
     real_T = mask_T.to(probs_TE)
@@ -199,7 +199,7 @@ class _CarryByLogProbs(torch.autograd.Function):
 
 
 def carry_balance(loss: Tensor, balance: Tensor, signal: BalanceSignal, *, weight: Tensor | float = 1.0) -> Tensor:
-    """Give ``loss + weight * balance``, whose backward also trains the routers.
+    """Return ``loss + weight * balance``, whose backward also trains the routers.
 
     Args:
         loss: Scalar that the model's outputs lead to.
@@ -211,7 +211,7 @@ def carry_balance(loss: Tensor, balance: Tensor, signal: BalanceSignal, *, weigh
 
 
 def carry_balance_by_log_probs(log_probs: Tensor, signal: BalanceSignal, *, label_mask: Tensor | None = None) -> Tensor:
-    """Give ``log_probs`` unchanged; its backward trains the routers as if the loss were their negative mean.
+    """Return ``log_probs`` unchanged; its backward trains the routers as if the loss were their negative mean.
 
     A trainer that takes its loss from log-probabilities sends ``-weight`` to each, so that minus their sum is the
     share of this micro-batch in the loss of the whole batch. Where some gradients are above zero the loss is none of

@@ -20,7 +20,7 @@ class Scaling(StrEnum):
 
 
 def expert_scale(scaling: Scaling, *, in_features: int, expert_rank: int, eta: float, lora_alpha: float) -> float:
-    """Give ``s``, the factor in front of every expert of a layer.
+    """Return ``s``, the factor in front of every expert of a layer.
 
     ``theory`` is ``sqrt(3 eta I / d)`` (arXiv 2502.16894, Theorem 3.5). The theorem prints ``r``; the variance it
     is derived from is that of one expert's ``A``, so it is the rank ``d`` of one expert here. ``alpha`` is what the
@@ -43,7 +43,7 @@ def expert_scale(scaling: Scaling, *, in_features: int, expert_rank: int, eta: f
 
 
 def adaptive_scales(scale: float, singular_values_ED: Tensor) -> Tensor:
-    """Give every expert its own ``s_e = s sqrt(sum_0 / sum_e)`` (GOAT-s).
+    """Return every expert its own ``s_e = s sqrt(sum_0 / sum_e)`` (GOAT-s).
 
     Args:
         scale: ``s`` of the layer.

@@ -1,4 +1,4 @@
-"""Give each expert its own segment of a weight's singular spectrum (arXiv 2502.16894, eq. 13 and 19).
+"""Return each expert its own segment of a weight's singular spectrum (arXiv 2502.16894, eq. 13 and 19).
 
 Shape letters: O out features, I in features, Q = min(O, I), L = max(O, I), E experts, R total rank, D = R / E, W wanted
 directions.
@@ -132,7 +132,7 @@ def _decompose_by_svd(weight_OI: Tensor, indices_R: Tensor) -> Directions:
 
 
 def _decompose_by_gram(weight_OI: Tensor, indices_R: Tensor) -> Directions | None:
-    """Give the triplets from the smaller Gram matrix, or None where they are not accurate."""
+    """Return the triplets from the smaller Gram matrix, or None where they are not accurate."""
     wide = weight_OI.shape[0] <= weight_OI.shape[1]
     side_QL = weight_OI if wide else weight_OI.T
     # The leading direction comes along, because its singular value is what errors are measured by.
@@ -154,7 +154,7 @@ def _decompose_by_gram(weight_OI: Tensor, indices_R: Tensor) -> Directions | Non
 
 
 def _error(side_QL: Tensor, near_QW: Tensor, s_W: Tensor, far_LW: Tensor, values_W: Tensor) -> Tensor:
-    """Give the largest error of any triplet: of either of its equations, and of its place in the spectrum."""
+    """Return the largest error of any triplet: of either of its equations, and of its place in the spectrum."""
     residuals = [side_QL @ far_LW - near_QW * s_W, side_QL.T @ near_QW - far_LW * s_W]
     off_W = s_W - values_W.clamp_min(0).sqrt()
     return torch.stack([*(residual.norm(dim=0).max() for residual in residuals), off_W.abs().max()]).max()

@@ -19,7 +19,7 @@ WASTE = 2**28
 
 
 def slow(planner: Planner) -> Iterator[str]:
-    """Say, one line each, what is slow or wasteful; the config must have no problems."""
+    """Yield, one line each, what is slow or wasteful; the config must have no problems."""
     yield from _switches(planner.settings.ds_config)
     yield from _buckets(planner)
     if planner.zero.stage == 3:

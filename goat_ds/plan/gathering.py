@@ -51,7 +51,7 @@ class _Buffer:
 
 
 def follow(moments: Sequence[Moment], parameters: Mapping[Use, Gathered], zero: ZeroSizes) -> Iterator[Load]:
-    """Follow a step; give the load of every moment."""
+    """Follow a step; return the load of every moment."""
     steps = [moment.parameters for moment in moments if moment.enters]
     coordinator = _Coordinator(steps, parameters, zero)
     leaving: tuple[Use, ...] = ()
@@ -84,7 +84,7 @@ class _Coordinator:
         self._num_live = self.num_bytes = 0
 
     def fetch(self, names: tuple[Use, ...]) -> int:
-        """Have a module's parameters here, and ask for the next; give the most bytes while that goes on."""
+        """Have a module's parameters here, and ask for the next; return the most bytes while that goes on."""
         self._gather([name for name in names if not self._is_here(name)])
         most = self.num_bytes
         for name in names:

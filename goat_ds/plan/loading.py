@@ -43,7 +43,7 @@ class Decompositions:
         return sum(costs) * self._seconds_per_cost if costs else 0.0
 
     def workspace(self, shape: tuple[int, int]) -> int:
-        """Give the bytes of tensors that decomposing a weight needs beside it."""
+        """Return the bytes of tensors that decomposing a weight needs beside it."""
         ratio = shape[0] / shape[1]
         if ratio not in self._workspaces:
             weight_OI, indices_ED = self._small(shape, side=MEASURED_SIDE)
@@ -82,12 +82,12 @@ def _cost(shape: tuple[int, int]) -> int:
 
 
 def while_loading(phases: Sequence[Memory]) -> Memory:
-    """Give what a rank holds until its engine is ready, on the device and on the host each at its own worst moment."""
+    """Return what a rank holds until its engine is ready, on device and host each at its own worst moment."""
     return Memory(tuple(part for place in Place for part in _worst_parts(phases, place)))
 
 
 def loading_phases(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> list[Memory]:
-    """Give what a rank holds in each phase until its engine is ready.
+    """Return what a rank holds in each phase until its engine is ready.
 
     Args:
         run: Model, ZeRO and ranks.
@@ -101,7 +101,7 @@ def loading_phases(run: Run, decompositions: Decompositions, *, is_mapped: bool)
 
 
 def _worst_parts(memories: Sequence[Memory], place: Place) -> list[Part]:
-    """Give what is held in one place at the moment at which that is most."""
+    """Return what is held in one place at the moment at which that is most."""
     worst = max(memories, key=lambda memory: memory.on(place))
     return [part for part in worst.parts if part.place is place]
 
@@ -120,7 +120,7 @@ def _place_of_base(run: Run) -> Place:
 
 
 def _unquantised(run: Run) -> int:
-    """Give a rank's bytes of the weights that become 4-bit, as long as they are not."""
+    """Return a rank's bytes of the weights that become 4-bit, as long as they are not."""
     shapes = run.skeleton.becomes_4bit
     sharers = run.world_size if run.zero.stage == 3 else 1
     value_bytes = run.skeleton.value_bytes
@@ -145,7 +145,7 @@ def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool
 
 
 def _worst_wave(run: Run, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
-    """Give the weight a rank works on, and with it the 4-bit layers that are done by then."""
+    """Return the weight a rank works on, and with it the 4-bit layers that are done by then."""
     skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
     dealt = waves(list(skeleton.weights), cost=skeleton.cost, world_size=run.world_size)
     rounds = [[path for path, _ in wave] for wave in dealt]

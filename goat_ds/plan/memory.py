@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def in_training(run: Run, timeline: Timeline, *, torch_adam: bool) -> Memory:
-    """Give what a rank holds at the worst moment of a step that is not the first.
+    """Return what a rank holds at the worst moment of a step that is not the first.
 
     Args:
         run: Model, ZeRO and ranks.
@@ -74,7 +74,7 @@ def in_training(run: Run, timeline: Timeline, *, torch_adam: bool) -> Memory:
 
 
 def weights(run: Run) -> Iterator[Part]:
-    """Give what a rank holds of the model between two uses of it."""
+    """Return what a rank holds of the model between two uses of it."""
     skeleton, zero, world_size = run.skeleton, run.zero, run.world_size
     place = Place.HOST if zero.offloads_parameters and zero.stage == 3 else Place.DEVICE
     names = {
@@ -133,7 +133,7 @@ def own_values(run: Run) -> int:
 
 
 def optimizer(run: Run) -> Iterator[Part]:
-    """Give what a rank holds to train, between two steps and while gradients come."""
+    """Return what a rank holds to train, between two steps and while gradients come."""
     zero, own = run.zero, own_values(run)
     value_bytes, place = _trained(run)[0].value_bytes, Place.HOST if zero.offloads_optimizer else Place.DEVICE
     yield Part("master weights, fp32", own * MASTER_BYTES, place)
@@ -158,7 +158,7 @@ def _optimizer_step(run: Run, *, torch_adam: bool) -> Iterator[Part]:
 
 
 def _worst_moment(run: Run, timeline: Timeline) -> list[Part]:
-    """Give what is held beside the rest when activations and gathered parameters together are most."""
+    """Return what is held beside the rest when activations and gathered parameters together are most."""
     loads = gathered_over_time(run, timeline)
     pairs = [
         max((moment.begins, load.while_gathering), (moment.peak, load.steady), key=sum)
@@ -169,7 +169,7 @@ def _worst_moment(run: Run, timeline: Timeline) -> list[Part]:
 
 
 def gathered_over_time(run: Run, timeline: Timeline) -> Sequence[Load]:
-    """Give what ZeRO-3 gathers at every moment; with one rank and below ZeRO-3 there is nothing to gather."""
+    """Return what ZeRO-3 gathers at every moment; with one rank and below ZeRO-3 there is nothing to gather."""
     if run.zero.stage != 3 or run.world_size == 1:
         return [Load(0, 0)] * len(timeline.moments)
     return list(follow(timeline.moments, _as_gathered(run), run.zero))
@@ -186,6 +186,6 @@ def _as_gathered(run: Run) -> Mapping[Use, Gathered]:
 
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:
-    """Give the bytes of a checkpoint on disk: the adapter, masters and moments; not the sample of the data."""
+    """Return the bytes of a checkpoint on disk: the adapter, masters and moments; not the sample of the data."""
     adapter = skeleton.num_bytes(Kind.START, Kind.TRAINED)
     return adapter + skeleton.count(Kind.TRAINED) * (MASTER_BYTES + ADAM_BYTES)

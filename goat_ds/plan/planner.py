@@ -85,7 +85,7 @@ class Planner:
         self.device_bytes = cache(self._device_bytes)
 
     def like(self, settings: PlanSettings) -> "Planner":
-        """Give the planner of other settings, which need not count anew what they do not change."""
+        """Return the planner of other settings, which need not count anew what they do not change."""
         other = Planner(settings)
         if settings.quantization == self.settings.quantization:
             other.__dict__ |= {"skeleton": self.skeleton, "decompositions": self.decompositions}
@@ -125,7 +125,7 @@ class Planner:
         return base.is_4bit or base.config.dtype in (None, self.settings.dtype)
 
     def run(self, world_size: int) -> Run:
-        """Give the run on so many ranks."""
+        """Return the run on so many ranks."""
         return Run(self.skeleton, self.zero, world_size)
 
     def _timeline_of(self, kind: Checkpointing, num_tokens: int) -> Timeline:
@@ -145,19 +145,19 @@ class Planner:
         return self.timeline_of(self.settings.checkpointing, self.settings.num_tokens)
 
     def in_training(self, world_size: int) -> Memory:
-        """Give what each of so many ranks holds at the worst moment of a step."""
+        """Return what each of so many ranks holds at the worst moment of a step."""
         return in_training(self.run(world_size), self.timeline, torch_adam=self.settings.engine.torch_adam)
 
     def while_loading(self, world_size: int) -> Memory:
-        """Give what each of so many ranks holds at the worst moments of loading."""
+        """Return what each of so many ranks holds at the worst moments of loading."""
         return loading.while_loading(self.loading_phases(world_size))
 
     def loading_phases(self, world_size: int) -> list[Memory]:
-        """Give what each of so many ranks holds in each phase of loading."""
+        """Return what each of so many ranks holds in each phase of loading."""
         return loading.loading_phases(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
 
     def _device_bytes(self, world_size: int) -> int:
-        """Give the most a GPU holds, loading or training."""
+        """Return the most a GPU holds, loading or training."""
         return max(memory.on(Place.DEVICE) for memory in (self.in_training(world_size), self.while_loading(world_size)))
 
     def fits(self, gpu_gib: int, world_size: int) -> bool:
@@ -175,7 +175,7 @@ class Planner:
         return not any(ds_config.problems(dict(self.settings.ds_config), engine, base_is_4bit=is_4bit))
 
     def smallest(self, gpu_gib: int) -> int | None:
-        """Give the smallest allowed number of GPUs that suffices; None: none up to 1024 does."""
+        """Return the smallest allowed number of GPUs that suffices; None: none up to 1024 does."""
         # One rank gathers nothing; from two on, more ranks hold less each.
         if 1 in self.allowed and self.fits(gpu_gib, 1):
             return 1
@@ -185,7 +185,7 @@ class Planner:
 
     @cached_property
     def suggestions(self) -> list[Suggestion]:
-        """Give the smallest number of GPUs of every size, with changes where it takes some."""
+        """Return the smallest number of GPUs of every size, with changes where it takes some."""
         return [self._suggestion(gpu_gib) for gpu_gib in GPU_GIB]
 
     def _suggestion(self, gpu_gib: int) -> Suggestion:
@@ -199,7 +199,7 @@ class Planner:
         return [(names, self.like(settings)) for names, settings in self._changed_settings()]
 
     def _changed_settings(self) -> Iterator[tuple[tuple[str, ...], PlanSettings]]:
-        """Give the run with ever more of what saves memory, the cheapest first."""
+        """Return the run with ever more of what saves memory, the cheapest first."""
         settings, names = self.settings, tuple[str, ...]()
         if settings.checkpointing is Checkpointing.NONE:
             settings = dataclasses.replace(settings, checkpointing=Checkpointing.NON_REENTRANT)
@@ -221,6 +221,6 @@ class Planner:
 
 
 def with_zero(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Give a ds_config with other settings of zero_optimization; None takes one out."""
+    """Return a ds_config with other settings of zero_optimization; None takes one out."""
     zero = {**raw.get("zero_optimization", {}), **changes}
     return {**raw, "zero_optimization": {name: value for name, value in zero.items() if value is not None}}

@@ -73,7 +73,7 @@ class Skeleton:
         return sum(held.num_values for held in self.parameters if held.kind in (kinds or Kind))
 
     def num_bytes(self, *kinds: Kind) -> int:
-        """Give the bytes of some kinds of parameters, on all ranks together."""
+        """Return the bytes of some kinds of parameters, on all ranks together."""
         return sum(held.num_bytes for held in self.parameters if held.kind in kinds)
 
     @property

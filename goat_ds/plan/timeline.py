@@ -111,7 +111,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
     def take_peak(self) -> int:
-        """Give the peak since it was last taken."""
+        """Return the peak since it was last taken."""
         peak, self.peak = self.peak, self.held
         return peak
 
@@ -201,7 +201,7 @@ def record(
 
 
 def blocks_of(model: nn.Module) -> tuple[str, int]:
-    """Find the list of modules that holds most of a model; give its path and length."""
+    """Find the list of modules that holds most of a model; return its path and length."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
     return path, len(lists[path])
@@ -254,7 +254,7 @@ def _micro_batch(num_tokens: int, num_labels: int) -> MicroBatch:
 
 
 def _kept_by_block(moments: Sequence[Moment]) -> int:
-    """Give what the middle block keeps for its backward: what is held more when the last block begins."""
+    """Return what the middle block keeps for its backward: what is held more when the last block begins."""
     firsts = [next((m.begins for m in moments if m.module.block == block), 0) for block in (1, 2)]
     return firsts[1] - firsts[0]
 

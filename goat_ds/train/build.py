@@ -64,7 +64,7 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
 
 
 def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Hold that a run goes on with the base it began with; every rank sees the same.
+    """Check that a run goes on with the base it began with; every rank sees the same.
 
     Raises:
         ConfigError: the weights are others; where there is no fingerprint, because they came in 4 bits, the name is.
@@ -82,7 +82,7 @@ def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> 
 
 
 def schedule_of(config: TrainConfig, *, num_steps: int) -> Callable[[Optimizer], LRScheduler]:
-    """Give what makes the schedule of the learning rate for an optimizer."""
+    """Return what makes the schedule of the learning rate for an optimizer."""
     return lambda optimizer: get_scheduler(
         config.lr_scheduler,
         optimizer,

@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> Tr
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Give the settings, and what is wrong with flags that are none."""
+    """Return the settings, and what is wrong with flags that are none."""
     parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
     namespace, unknown = parser.parse_known_args(list(arguments))
     # A word that follows an unknown flag is its value.
@@ -79,7 +79,7 @@ def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """Give a value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, list):
         return " ".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -102,7 +102,7 @@ class _Parser(HfArgumentParser):
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """Give the value of a flag without parsing the others."""
+    """Return the value of a flag without parsing the others."""
     value = None
     for place, argument in enumerate(arguments):
         if argument == f"--{name}":

@@ -168,7 +168,7 @@ class TrainConfig:
     )
 
     def goat(self) -> GoatConfig:
-        """Give the adapter's settings.
+        """Return the adapter's settings.
 
         Raises:
             ConfigError: one line a problem.
@@ -218,11 +218,11 @@ class TrainConfig:
         return Path(self.output_dir or "runs/demo")
 
     def warmup_of(self, num_steps: int) -> int:
-        """Give the steps of warm-up in a run of ``num_steps``."""
+        """Return the steps of warm-up in a run of ``num_steps``."""
         return min(100, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def finish_after(self, num_steps: int) -> int | None:
-        """Give the step of a run of ``num_steps`` after which experts become dense; None: they never do.
+        """Return the step of a run of ``num_steps`` after which experts become dense; None: they never do.
 
         Raises:
             ConfigError: nothing would come before it or after it.
@@ -239,7 +239,7 @@ class TrainConfig:
         return step
 
     def packs_per_step(self, world_size: int) -> int:
-        """Give the packs of a global batch as these settings have it on so many ranks."""
+        """Return the packs of a global batch as these settings have it on so many ranks."""
         return self.micro_batch_size * self.grad_accum_steps * world_size
 
     @property
@@ -248,7 +248,7 @@ class TrainConfig:
         return self.adam_beta1, self.adam_beta2
 
     def problems(self, *, required: Sequence[str] = REQUIRED) -> Iterator[str]:
-        """Say, one line each, what is wrong with the numbers.
+        """Yield, one line each, what is wrong with the numbers.
 
         Args:
             required: Settings that must be given, unless the embedded demo's are taken.

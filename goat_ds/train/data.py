@@ -77,7 +77,7 @@ def batch_plan(config: TrainConfig, packed: Packed, *, global_batch_size: int) -
 
 
 def digest_on_first(dataset: Dataset) -> str:
-    """Give the content of the training data; all nodes have been seen to have the same. A collective."""
+    """Return the content of the training data; all nodes have been seen to have the same. A collective."""
     return str(ranks.object_from(0, content_digest(dataset) if ranks.is_first() else None))
 
 
@@ -89,7 +89,7 @@ def num_tokens_until(step: int, plan: BatchPlan, dataset: Dataset) -> int:
 
 
 def sample_writer(config: TrainConfig, tokens: Tokens, heldout: Tokens | None) -> Callable[[Path], None] | None:
-    """Choose the sample of the data that every checkpoint keeps; give what writes it, or None where none is kept."""
+    """Choose the sample of the data that every checkpoint keeps; return what writes it, or None where none is kept."""
     if not config.calibration_sample_tokens:
         return None
     sample = take_sample(

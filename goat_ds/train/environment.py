@@ -51,12 +51,12 @@ def settle_ranks(config: TrainConfig) -> None:
 
 
 def first_rank_address() -> str:
-    """Give where the first rank is, as the launcher, or before it ``join_ranks``, has said."""
+    """Return where the first rank is, as the launcher, or before it ``join_ranks``, has said."""
     return os.environ["MASTER_ADDR"]
 
 
 def world_rank_from_environment() -> int:
-    """Give this process's place in the run before settings are read; 0 where no launcher has told it."""
+    """Return this process's place in the run before settings are read; 0 where no launcher has told it."""
     return int(os.environ.get("RANK", "0"))
 
 

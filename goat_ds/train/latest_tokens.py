@@ -22,7 +22,7 @@ def finish(
     *,
     num_steps: int,
 ) -> Any:
-    """Make the experts dense after a step, and give the engine that trains them on. A collective."""
+    """Make the experts dense after a step, and return the engine that trains them on. A collective."""
     tokens = LatestTokens(engine, stream, step, num_steps=latest_steps(engine, step, metrics.tokens))
     done = finish_densely(
         engine,
@@ -58,6 +58,6 @@ class LatestTokens:
 
 
 def latest_steps(engine: Any, step: int, num_tokens: int) -> int:
-    """Give how many of the ``step`` steps so far, which held ``num_tokens``, a dense finish looks back at."""
+    """Return how many of the ``step`` steps so far, which held ``num_tokens``, a dense finish looks back at."""
     wanted = tokens_to_fit(engines.peft_model(engine))
     return min(step, math.ceil(wanted * step / num_tokens))

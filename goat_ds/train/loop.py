@@ -145,7 +145,7 @@ class Run:
         self.batches = batches(course.tokens.dataset, course.plan, world_rank=ranks.get_rank())
 
     def steps(self) -> Iterator[tuple[int, StepBatch]]:
-        """Walk over what is left of the run: the step, counted from 1, and its batch."""
+        """Yield what is left of the run: the step, counted from 1, and its batch."""
         for step, batch in self.batches.from_step(self.done, until=self.course.num_steps):
             yield step + 1, batch
 
@@ -219,7 +219,7 @@ class Run:
             self._evaluate(step)
 
     def close(self) -> Path:
-        """Give everything back; give the folder of the last checkpoint."""
+        """Close what is open; return the folder of the last checkpoint."""
         self.metrics.close()
         engines.destroy(self.engine)
         assert self.saved is not None
@@ -237,7 +237,7 @@ class Run:
 
 @torch.no_grad()
 def evaluate(engine: Any, heldout: Tokens, micro_batch_size: int) -> float:
-    """Give the mean cross-entropy over the label tokens of the held-out data. A collective."""
+    """Return the mean cross-entropy over the label tokens of the held-out data. A collective."""
     engine.eval()
     lm_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for micro_batch in eval_batches(

@@ -205,7 +205,7 @@ class StepTotals:
         return max((max(row[:-2]) for row in self.routers.values()), default=None)
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Give the load of every expert, the entropy and the balance loss of every layer."""
+        """Return the load of every expert, the entropy and the balance loss of every layer."""
         return {
             name: {"load": [round(share, 4) for share in row[:-2]], "entropy": row[-2], "balance_loss": row[-1]}
             for name, row in self.routers.items()

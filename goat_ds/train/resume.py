@@ -102,7 +102,7 @@ def _named(folder: Path, output_dir: Path) -> Checkpoint:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Give a run's settings as a checkpoint keeps them."""
+    """Return a run's settings as a checkpoint keeps them."""
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return settings
 
@@ -118,7 +118,7 @@ def changes(config: TrainConfig, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _keep_global_batch(config: TrainConfig, run: Mapping[str, Any]) -> tuple[int, str | None, str | None]:
-    """Give the packs of a step, what is wrong with the flags that say another number, and what to say."""
+    """Return the packs of a step, what is wrong with the flags that say another number, and what to say."""
     kept, settings = int(run["global_batch_size"]), run["settings"]
     per_step = config.micro_batch_size * ranks.get_world_size()
     size = config.packs_per_step(ranks.get_world_size())
@@ -168,7 +168,7 @@ def allow_or_refuse(config: TrainConfig, change: str) -> None:
 
 
 def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int | None) -> None:
-    """Hold that a checkpoint is dense or routed as the settings have it at its step.
+    """Check that a checkpoint is dense or routed as the settings have it at its step.
 
     Raises:
         ConfigError: it is not, because ``dense_finish`` or the length of the run was changed.

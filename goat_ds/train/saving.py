@@ -36,7 +36,7 @@ class RunMemory:
             )
 
     def after(self, metrics: Metrics) -> dict[str, Any]:
-        """Give what the checkpoint of the running step holds of the run."""
+        """Return what the checkpoint of the running step holds of the run."""
         return self._fixed | {"tokens": metrics.tokens, "eval_loss": metrics.eval_loss}
 
 
@@ -50,7 +50,7 @@ def save(
     earlier: Path | None,
     must_succeed: bool,
 ) -> Path | None:
-    """Save a checkpoint, and delete those that are too many; give the newest that is there. A collective.
+    """Save a checkpoint, and delete those that are too many; return the newest that is there. A collective.
 
     Raises:
         SaveError: it was not written, and the run may not go on without.

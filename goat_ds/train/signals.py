@@ -41,7 +41,7 @@ class Signals:
         threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
 
     def asked(self) -> str | None:
-        """Give the name of a signal that some rank has received, or None. A collective."""
+        """Return the name of a signal that some rank has received, or None. A collective."""
         received = ranks.max_over_ranks(float(self._received or 0))
         return signal.Signals(int(received)).name if received else None
 

@@ -36,14 +36,14 @@ class BaseQuantization:
     """Names of linear layers, or of modules around them, that were not quantised, besides the output layer."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what JSON holds."""
+        """Return what JSON holds."""
         return asdict(self.packing) | {
             **{name: getattr(self, name) for name in _DTYPE_NAMES},
             "kept": list(self.kept),
         }
 
     def bitsandbytes_settings(self) -> dict[str, Any]:
-        """Give what transformers' ``BitsAndBytesConfig`` needs to quantise a base like this one.
+        """Return what transformers' ``BitsAndBytesConfig`` needs to quantise a base like this one.
 
         It has no word for ``block_size``, which is bitsandbytes' own 64 there.
         """
@@ -78,7 +78,7 @@ class BaseQuantization:
 
 
 def layers_to_quantize(model: nn.Module, *, kept: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Walk over the linear layers of a model that become 4-bit.
+    """Yield the linear layers of a model that become 4-bit.
 
     That is all of them but the output layer, those to be kept, those that the architecture itself keeps in fp32, those
     that PEFT saves whole, and those with a forward of their own, which 4-bit layers would not have.
@@ -117,5 +117,5 @@ def is_kept_in_fp32(model: nn.Module, path: str) -> bool:
 
 
 def plain_path(path: str) -> str:
-    """Give a layer's path as it was before PEFT wrapped it."""
+    """Return a layer's path as it was before PEFT wrapped it."""
     return path.replace(".base_layer", "").replace(".original_module", "")

@@ -155,7 +155,7 @@ class GoatConfig(PeftConfig):
         return self.r // self.num_experts
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as ``adapter_config.json`` holds them; a saved adapter is complete, so it is deferred."""
+        """Return the fields as ``adapter_config.json`` holds them; a saved adapter is complete, so it is deferred."""
         values = super().to_dict()
         return values | {"deferred": True, **{k: str(v) for k, v in values.items() if isinstance(v, StrEnum)}}
 

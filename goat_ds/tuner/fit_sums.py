@@ -24,7 +24,7 @@ MOMENTS_BYTES = 4 * 2**30
 
 
 def static_config(config: GoatConfig) -> GoatConfig:
-    """Give the settings of the static form of an adapter."""
+    """Return the settings of the static form of an adapter."""
     values = config.to_dict() | {"routed": False, "deferred": True}
     return type(config)(**values)
 
@@ -99,7 +99,7 @@ class _Gatherer:
         moments.num_tokens += len(x_TI)
 
     def _real_tokens(self, x_TI: Tensor, experts: GoatExperts) -> Tensor:
-        """Give the tokens that count, in fp32 or better: widened once for all layers that see them."""
+        """Return the tokens that count, in fp32 or better: widened once for all layers that see them."""
         wide_TI = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
         if not self._counts():
             return wide_TI[:0]

@@ -162,7 +162,7 @@ class GoatExperts(nn.Module):
         into_base: bool = False,
         together: GradientTogether | None = None,
     ) -> Tensor:
-        """Give the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
+        """Return the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
 
         Args:
             x: The layer's input, detached where ``together`` is given.
@@ -196,7 +196,7 @@ class GoatExperts(nn.Module):
         return output.y
 
     def _start_of(self, x: Tensor) -> Tensor:
-        """Give ``W_res x``."""
+        """Return ``W_res x``."""
         assert self.A0 is not None and self.B0 is not None
         scale_R: Tensor | float = self.scale
         if self.s is not None:
@@ -205,7 +205,7 @@ class GoatExperts(nn.Module):
         return nn.functional.linear(h, self.B0.to(h.dtype))
 
     def factors(self) -> MixtureFactors:
-        """Give the tensors that the mixture computes with; under ZeRO-3 they are whole inside of forward only."""
+        """Return the tensors that the mixture computes with; under ZeRO-3 they are whole inside of forward only."""
         residual = self.config.residual is Residual.LOWRANK
         return MixtureFactors(
             a_RI=self.A,
@@ -225,7 +225,7 @@ class GoatExperts(nn.Module):
         return self.B.to(wide) * self.s.to(wide).repeat_interleave(self.config.expert_rank)
 
     def settings(self) -> MixtureSettings:
-        """Give the numbers that the mixture computes with."""
+        """Return the numbers that the mixture computes with."""
         config = self.config
         return MixtureSettings(
             num_experts=config.num_experts,
@@ -299,7 +299,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         return not weight.is_meta and weight.numel() > 0 and (is_matrix or is_4bit(base))
 
     def weight_OI(self) -> Tensor:
-        """Give the whole base weight ``[O, I]``; what a 4-bit weight stands for, in fp32.
+        """Return the whole base weight ``[O, I]``; what a 4-bit weight stands for, in fp32.
 
         Raises:
             ConfigError: the weight is not here: partitioned, or on the meta device.
@@ -347,7 +347,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Give the base's output plus that of every active adapter."""
+        """Return the base's output plus that of every active adapter."""
         active = [] if self.disable_adapters else self.active_adapters
         used = [
             (experts, name in active) for name, experts in self._experts().items() if name in active or experts.folded

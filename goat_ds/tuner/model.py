@@ -253,7 +253,7 @@ class GoatModel(BaseTuner):
         self.peft_config[adapter_name] = config
 
     def _fingerprint(self, adapter_name: str) -> BaseFingerprint | None:
-        """Give the content of the base by weights of this process; None where some are 4-bit already, or not here."""
+        """Return the content of the base by weights of this process; None where some are 4-bit already, or not here."""
         items = list(named_experts(self.model, adapter_name))
         if any(is_4bit(item.layer.get_base_layer()) or not item.layer.has_whole_weight for item in items):
             return None
@@ -332,7 +332,7 @@ class GoatModel(BaseTuner):
         )
 
     def _share_of_batch(self, arguments: dict[str, Any]) -> Tensor | float:
-        """Give the share of this micro-batch in a loss that is normalised over several of them."""
+        """Return the share of this micro-batch in a loss that is normalised over several of them."""
         num_items = arguments.get("num_items_in_batch")
         targets = arguments.get("shift_labels")
         if targets is None:
@@ -349,11 +349,11 @@ class GoatModel(BaseTuner):
         return not is_encoder_decoder and getattr(self.model, "loss_function", None) in (None, ForCausalLMLoss)
 
     def balance_loss(self) -> Tensor | None:
-        """Give ``balance_coef * Σ_layers L_b`` of the last forward, detached; None where nothing was routed."""
+        """Return ``balance_coef * Σ_layers L_b`` of the last forward, detached; None where nothing was routed."""
         return self.signal.balance_loss()
 
     def with_balance_loss(self, loss: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
-        """Give ``loss + weight * balance_loss()``, whose backward also trains the routers.
+        """Return ``loss + weight * balance_loss()``, whose backward also trains the routers.
 
         Args:
             loss: Scalar computed from the outputs of the last forward.
@@ -366,7 +366,7 @@ class GoatModel(BaseTuner):
         raise MergeError(MERGE_REFUSAL)
 
     def unload(self) -> nn.Module:
-        """Give the base model back, without adapters and with nothing folded into it."""
+        """Return the base model back, without adapters and with nothing folded into it."""
         items = [(name, item) for name in self.peft_config for item in named_experts(self, name)]
         if any(item.experts.folded and is_4bit(item.layer.get_base_layer()) for _, item in items):
             # Before any layer is changed.
@@ -391,7 +391,7 @@ class GoatModel(BaseTuner):
 
 
 def with_balance_loss(model: PeftModel, loss: Tensor) -> Tensor:
-    """Give ``loss`` plus the model's balance loss; its backward trains the routers.
+    """Return ``loss`` plus the model's balance loss; its backward trains the routers.
 
     For a loss computed outside of the model, from the outputs of its last forward. A loss that the model returned
     carries the balance loss already.
@@ -401,14 +401,14 @@ def with_balance_loss(model: PeftModel, loss: Tensor) -> Tensor:
 
 
 def named_experts(model: nn.Module, adapter_name: str) -> Iterator[NamedExperts]:
-    """Walk over the layers of one adapter, in the model's order."""
+    """Yield the layers of one adapter, in the model's order."""
     for path, module in model.named_modules():
         if isinstance(module, GoatLayer) and adapter_name in module.goat_experts:
             yield NamedExperts(path, module, module.goat_experts[adapter_name])  # type: ignore[arg-type]
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Give out and in features of an ``nn.Linear`` or ``Conv1D``, also where its weight is sharded."""
+    """Return out and in features of an ``nn.Linear`` or ``Conv1D``, also where its weight is sharded."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features  # type: ignore[return-value]
@@ -440,14 +440,14 @@ def _matches_no_layer(setting: str, value: str, model: nn.Module) -> str:
 
 
 def _linear_paths(model: nn.Module) -> Iterator[str]:
-    """Walk over the paths of linear layers, as they were before PEFT wrapped any."""
+    """Yield the paths of linear layers, as they were before PEFT wrapped any."""
     for path, module in model.named_modules():
         if _is_linear(module):
             yield plain_path(path)
 
 
 def _like(base: Any) -> Tensor:
-    """Give an empty tensor of the device and dtype that experts on a layer have."""
+    """Return an empty tensor of the device and dtype that experts on a layer have."""
     if not is_4bit(base):
         return torch.empty(0, dtype=base.weight.dtype, device=base.weight.device)
     # bitsandbytes' storage says nothing of what the model computes in, not even where it is a floating-point dtype.

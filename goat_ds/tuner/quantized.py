@@ -44,7 +44,7 @@ class Packing:
     """Whether the statistics are quantised to 8 bits."""
 
     def sizes(self, num_values: int) -> tuple[int, int, int]:
-        """Give the bytes of the fp32 statistics, of the packed weight and of the 8-bit statistics."""
+        """Return the bytes of the fp32 statistics, of the packed weight and of the 8-bit statistics."""
         num_blocks = math.ceil(num_values / self.block_size)
         if not self.double_quant:
             return 4 * num_blocks, math.ceil(num_values / 2), 0
@@ -56,12 +56,12 @@ class Packing:
         return f"{self.quant_type}, blocks of {self.block_size}{double}"
 
     def num_bytes(self, num_values: int) -> int:
-        """Give the bytes of a packed weight with its statistics."""
+        """Return the bytes of a packed weight with its statistics."""
         return sum(self.sizes(num_values))
 
 
 def bitsandbytes() -> ModuleType:
-    """Give the library.
+    """Return the library.
 
     Raises:
         ConfigError: it is not installed, or does not load.
@@ -103,7 +103,7 @@ def check_backend(device: torch.device) -> None:
 
 @torch.no_grad()
 def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
-    """Quantise a weight ``[O, I]``; give its bytes ``[N]``, on its device."""
+    """Quantise a weight ``[O, I]``; return its bytes ``[N]``, on its device."""
     functional: Any = bitsandbytes().functional
     flat, num_values = weight_OI.reshape(-1), weight_OI.numel()
     bytes_N = torch.empty(packing.num_bytes(num_values), dtype=torch.uint8, device=weight_OI.device)
@@ -126,7 +126,7 @@ def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
 
 
 def unpack(bytes_N: Tensor, packing: Packing, *, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Give the weight ``[O, I]`` that a layer computes with.
+    """Return the weight ``[O, I]`` that a layer computes with.
 
     Args:
         bytes_N: What ``pack`` gave.
@@ -193,12 +193,12 @@ class QuantizedLinear(nn.Linear):
         self.bias = bias  # type: ignore[assignment]
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Give the weight ``[O, I]`` this layer computes with; its bytes must be whole."""
+        """Return the weight ``[O, I]`` this layer computes with; its bytes must be whole."""
         shape = (self.out_features, self.in_features)
         return unpack(self.weight.data, self.packing, shape=shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give ``x Wᵀ + b`` ``[..., O]`` in the dtype of ``x``."""
+        """Return ``x Wᵀ + b`` ``[..., O]`` in the dtype of ``x``."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         product: Tensor = _Product.apply(x.to(self.compute_dtype), bias, self)
         return product.to(x.dtype)
@@ -244,7 +244,7 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
 
 
 def weight_of_4bit(layer: Any) -> Tensor:
-    """Give the fp32 weight ``[O, I]`` that a 4-bit layer stands for; its bytes must be whole.
+    """Return the fp32 weight ``[O, I]`` that a 4-bit layer stands for; its bytes must be whole.
 
     Raises:
         ConfigError: bitsandbytes has rearranged the weight for generation, which loses some of its statistics.

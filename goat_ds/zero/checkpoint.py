@@ -127,7 +127,7 @@ def save_checkpoint(
 
 
 def bytes_needed(engine: DeepSpeedEngine) -> int:
-    """Give the bytes of a checkpoint, rounded up a little."""
+    """Return the bytes of a checkpoint, rounded up a little."""
     adapter = sum(
         partition.full_shape(parameter).numel() * parameter.element_size()
         for item in named_experts(peft_model(engine), ADAPTER_NAME)
@@ -234,7 +234,7 @@ def _flush(path: Path) -> None:
 
 
 def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    """Walk over the trained tensors by their names in the adapter's file."""
+    """Yield the trained tensors by their names in the adapter's file."""
     for item in named_experts(peft_model(engine), ADAPTER_NAME):
         for name, parameter in item.experts.named_parameters():
             if parameter.requires_grad:
@@ -243,7 +243,7 @@ def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]:
-    """Give the adapter's tensors by their names in the model to the rank that keeps them."""
+    """Return the adapter's tensors by their names in the model to the rank that keeps them."""
     tensors: dict[str, Tensor] = {}
     for item in named_experts(peft_model(engine), ADAPTER_NAME):
         for name, parameter in item.experts.named_parameters():
@@ -310,7 +310,7 @@ def _told_by(folder: Path) -> _Told | None:
 
 
 def _loss_scaler(engine: DeepSpeedEngine) -> Any:
-    """Give what holds the loss scale of fp16; None in other precisions. ZeRO-0 has another kind than the others."""
+    """Return what holds the loss scale of fp16; None in other precisions. ZeRO-0 has another kind than the others."""
     if not engine.fp16_enabled():
         return None
     optimizer: Any = engine.optimizer
@@ -400,7 +400,7 @@ def _is_trained(name: str) -> bool:
 
 
 def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
-    """Give the adapter's tensors to the rank that reads, to start experts from. A collective."""
+    """Return the adapter's tensors to the rank that reads, to start experts from. A collective."""
     path = checkpoint.folder / ADAPTER_FOLDER / "adapter_model.safetensors"
     here = ranks.get_rank() == checkpoint.reader
     return StoredExperts(checkpoint.reader, ranks.agree(lambda: load_file(path) if here else None))
@@ -408,7 +408,7 @@ def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
 
 @torch.no_grad()
 def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Give a new engine the state of the one that wrote a checkpoint. A collective.
+    """Return a new engine the state of the one that wrote a checkpoint. A collective.
 
     Args:
         engine: Trains the tensors of the checkpoint, under whatever stage and on whatever number of ranks.

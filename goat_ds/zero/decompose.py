@@ -96,7 +96,7 @@ class StoredExperts(NamedTuple):
     """By name in the adapter's file; None on the other ranks."""
 
     def of(self, item: NamedExperts) -> list[Tensor] | None:
-        """Give a layer's tensors in the order of its parameters, on the rank that has them."""
+        """Return a layer's tensors in the order of its parameters, on the rank that has them."""
         if self.tensors is None:
             return None
         return [self.tensors[f"{item.path}.goat_{name}"] for name, _ in item.experts.named_parameters()]
@@ -171,7 +171,7 @@ def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample])
 
 
 def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
-    """Walk over the layers that experts start from, then over the others that become 4-bit."""
+    """Yield the layers that experts start from, then over the others that become 4-bit."""
     base = model.get_base_model()
     wanted = {} if quantization is None else dict(layers_to_quantize(base, kept=quantization.kept))
     packing_of = {id(layer): quantization.packing for layer in wanted.values()} if quantization else {}
@@ -188,7 +188,7 @@ def _cost(work: Work) -> float:
 
 
 def _receive_mine(wave: Wave) -> Received | None:
-    """Give the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
+    """Return the layer of the wave that is this rank's, with its whole weight where the work needs it. A collective."""
     mine = None
     for work, owner in wave:
         weight: Any = work.base.weight
@@ -211,7 +211,7 @@ def _matrix_OI(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _fill_from_stored(wave: Wave, stored: StoredExperts) -> list[Tensor] | None:
-    """Fill the experts of a wave; give those of this rank's layer, whole. A collective."""
+    """Fill the experts of a wave; return those of this rank's layer, whole. A collective."""
     mine = None
     for work, owner in wave:
         if work.item is not None:
@@ -269,7 +269,7 @@ def _hand_out(
     adapter_name: str,
     recipe: Recipe | None,
 ) -> None:
-    """Give every rank its shards of what one rank has made. A collective."""
+    """Return every rank its shards of what one rank has made. A collective."""
     if work.item is not None:
         work.item.experts.ready = True
     folds = work.item is not None and work.item.experts.folds
@@ -287,7 +287,7 @@ def _hand_out(
 
 
 def seed_of(seed: int, name: str) -> int:
-    """Give something random its own generator: neighbouring seeds and names share nothing."""
+    """Return something random its own generator: neighbouring seeds and names share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
 
 
@@ -315,7 +315,7 @@ def _fold(work: Work, owner: int, adapter_name: str) -> None:
 
 
 def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None) -> tuple[Directions, bool]:
-    """Give the directions an adapter starts from in fp32, from the cache or the weight; say whether it was cached."""
+    """Return the directions an adapter starts from in fp32, from the cache or the weight; say whether it was cached."""
     indices_ED = experts.indices()
     if cache is None:
         return _in_fp32(experts.directions_in(weight_OI)), False

@@ -56,7 +56,7 @@ class Finish(NamedTuple):
     seconds: float
 
     def numbers(self) -> dict[str, float]:
-        """Give what a log holds."""
+        """Return what a log holds."""
         return {
             "tokens": self.num_tokens,
             "unexplained_mean": self.unexplained_mean,
@@ -95,7 +95,7 @@ def finish_densely(
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> Finish:
-    """Give the model of an engine its static form and to a new engine, which goes on training. A collective.
+    """Return the model of an engine its static form and to a new engine, which goes on training. A collective.
 
     Args:
         engine: Between two steps; of no use afterwards.
@@ -133,12 +133,12 @@ def finish_densely(
 
 
 def tokens_to_fit(model: PeftModel) -> int:
-    """Give how many tokens a dense finish of a model wants to look at."""
+    """Return how many tokens a dense finish of a model wants to look at."""
     return TOKENS_WANTED * _widest(model)
 
 
 def check_enough(model: PeftModel, num_tokens: int) -> None:
-    """Hold that a dense finish will have seen the tokens that its fit needs.
+    """Check that a dense finish will have seen the tokens that its fit needs.
 
     Raises:
         ConfigError: the run has not had as many by then.
@@ -191,7 +191,7 @@ def _fit_all(
 
 
 def _by_input(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
-    """Walk over the layers that share an input, and so its moments."""
+    """Yield the layers that share an input, and so its moments."""
     sharing: dict[int, list[str]] = defaultdict(list)
     for name, layer_moments in moments.items():
         sharing[id(layer_moments.xx_II)].append(name)
@@ -209,7 +209,7 @@ def _add_up_on(owner: int, moments: list[Moments]) -> None:
 
 
 def _own_scales(experts: GoatExperts) -> Tensor | None:
-    """Give the scale of the expert each direction belongs to ``[R]``, for GOAT-s. A collective."""
+    """Return the scale of the expert each direction belongs to ``[R]``, for GOAT-s. A collective."""
     if experts.s is None:
         return None
     with partition.gathered([experts.s]):
@@ -241,7 +241,7 @@ def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
 
 
 def _from_all(values: list[float]) -> list[float]:
-    """Give the values of all ranks to each. A collective."""
+    """Return the values of all ranks to each. A collective."""
     told: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, values)
     return [value for one in told for value in one]

@@ -82,7 +82,7 @@ class EngineSettings:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Read a DeepSpeed config; give it, or what is wrong with the file."""
+    """Read a DeepSpeed config; return it, or what is wrong with the file."""
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -115,12 +115,12 @@ def _wrong_types(ds_config: dict[str, Any]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """Give a value as the file has it."""
+    """Return a value as the file has it."""
     return json.dumps(value)
 
 
 def stage(ds_config: dict[str, Any]) -> int:
-    """Give the ZeRO stage."""
+    """Return the ZeRO stage."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -131,7 +131,7 @@ def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
 
 
 def fill(ds_config: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
-    """Give the config with every "auto" filled in from the flags; ``problems`` must have found none."""
+    """Return the config with every "auto" filled in from the flags; ``problems`` must have found none."""
     filled = copy.deepcopy(ds_config)
     for path, value in _flag_values(settings):
         _put(filled, path, value)
@@ -152,7 +152,7 @@ def fill(ds_config: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
 
 
 def problems(ds_config: dict[str, Any], settings: EngineSettings, *, base_is_4bit: bool = False) -> Iterator[str]:
-    """Say, one line each, where the config contradicts the flags or asks for what is not supported."""
+    """Yield, one line each, where the config contradicts the flags or asks for what is not supported."""
     yield from _unknown_keys(ds_config)
     yield from _zero_problems(ds_config, settings)
     if base_is_4bit:
@@ -179,7 +179,7 @@ def problems(ds_config: dict[str, Any], settings: EngineSettings, *, base_is_4bi
 
 
 def warnings(ds_config: dict[str, Any]) -> Iterator[str]:
-    """Say, one line each, what the config asks for that has not been tried with this trainer."""
+    """Yield, one line each, what the config asks for that has not been tried with this trainer."""
     for name in sorted(UNTRIED & ds_config.keys()):
         if _is_on(ds_config[name]):
             yield f"ds_config: {name} has not been tested with goat_ds; compare the first losses with a run without it"
@@ -227,7 +227,7 @@ def _zero_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Itera
 
 
 def hpz_size(ds_config: dict[str, Any]) -> int:
-    """Give how many neighbouring ranks hold a second copy of all parameters (ZeRO++'s hpZ); 1: there is none."""
+    """Return how many neighbouring ranks hold a second copy of all parameters (ZeRO++'s hpZ); 1: there is none."""
     # DeepSpeed takes 0 for 1.
     return max(1, int(ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)))
 
@@ -242,7 +242,7 @@ def _hpz_problems(ds_config: dict[str, Any], settings: EngineSettings) -> Iterat
 
 
 def hpz_warnings(ds_config: dict[str, Any], ranks_per_node: Sequence[int]) -> Iterator[str]:
-    """Say, in one line, where a second copy of the parameters does not do what it is for.
+    """Yield, in one line, where a second copy of the parameters does not do what it is for.
 
     Args:
         ds_config: Without problems.

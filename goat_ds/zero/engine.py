@@ -208,7 +208,7 @@ def build_engine(
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> deepspeed.DeepSpeedEngine:
-    """Give the model to DeepSpeed: one parameter group with everything that trains. A collective."""
+    """Return the model to DeepSpeed: one parameter group with everything that trains. A collective."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=engine_config, lr_scheduler=schedule, dist_init_required=False
@@ -219,7 +219,7 @@ def build_engine(
 
 
 def without_monitors(engine_config: dict[str, Any]) -> dict[str, Any]:
-    """Give the config of a second engine of a run, whose first one has opened the monitors."""
+    """Return the config of a second engine of a run, whose first one has opened the monitors."""
     return {key: value for key, value in engine_config.items() if key not in ds_config.MONITORS}
 
 
@@ -256,7 +256,7 @@ def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def peft_model(engine: deepspeed.DeepSpeedEngine) -> PeftModel:
-    """Give the PEFT model inside an engine."""
+    """Return the PEFT model inside an engine."""
     module: nn.Module = engine.module
     assert isinstance(module, PeftModel)
     return module

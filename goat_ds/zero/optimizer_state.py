@@ -47,7 +47,7 @@ class _Place(NamedTuple):
 
 
 def read_state(engine: DeepSpeedEngine, parameter: nn.Parameter) -> TensorState:
-    """Give the state of a trained parameter to every rank. A collective.
+    """Return the state of a trained parameter to every rank. A collective.
 
     Args:
         engine: The engine that trains it; between two steps.
@@ -64,7 +64,7 @@ def read_state(engine: DeepSpeedEngine, parameter: nn.Parameter) -> TensorState:
 
 @torch.no_grad()
 def write_state(engine: DeepSpeedEngine, parameter: nn.Parameter, state: TensorState | None, *, owner: int) -> None:
-    """Give a trained parameter the state that one rank has, and the model's copy of it its value. A collective.
+    """Return a trained parameter the state that one rank has, and the model's copy of it its value. A collective.
 
     Args:
         engine: The engine that trains it; between two steps.
@@ -116,7 +116,7 @@ def _adam_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 def _begin(engine: DeepSpeedEngine) -> None:
-    """Give Adam the state that its first step would."""
+    """Return Adam the state that its first step would."""
     is_torch = isinstance(engine.basic_optimizer, torch.optim.Adam)
     for flat in _adam_tensors(engine):
         adam_state = engine.basic_optimizer.state[flat]
@@ -134,7 +134,7 @@ def _num_steps(engine: DeepSpeedEngine) -> int:
 
 
 def _views(engine: DeepSpeedEngine, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Give a parameter's part of what ZeRO-0 keeps, by the field of ``TensorState``, to read or to write."""
+    """Return a parameter's part of what ZeRO-0 keeps, by the field of ``TensorState``, to read or to write."""
     flat, start = _place(engine, parameter)
     tensors = {"master": flat} | {key: engine.basic_optimizer.state[flat][key] for key in MOMENTS}
     end = start + parameter.numel()

@@ -22,7 +22,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Give the shape of the whole parameter."""
+    """Return the shape of the whole parameter."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
@@ -45,7 +45,7 @@ Cut = Callable[[nn.Parameter, torch.dtype], None]
 
 
 def cutter(ds_config: dict[str, object], *, stage: int) -> Cut:
-    """Give what shards a whole parameter that every rank has, in the dtype it is told.
+    """Return what shards a whole parameter that every rank has, in the dtype it is told.
 
     Each rank cuts its shard from its own, and nothing is sent. Below ZeRO-3 the parameter is given memory of its own,
     which that of a mapped file is not.
@@ -138,7 +138,7 @@ def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[
 
 @torch.no_grad()
 def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> list[Tensor]:
-    """Give parameters of one dtype the values that one rank has. A collective: one broadcast.
+    """Return parameters of one dtype the values that one rank has. A collective: one broadcast.
 
     Args:
         world_rank: Who has the values.
@@ -161,7 +161,7 @@ def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Seque
 
 @torch.no_grad()
 def put(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Give a parameter a value that every rank has whole."""
+    """Return a parameter a value that every rank has whole."""
     if not is_partitioned(parameter):
         parameter.copy_(whole.view_as(parameter))
     elif _is_shard_alone(parameter):
@@ -181,14 +181,14 @@ def _is_shard_alone(parameter: nn.Parameter) -> bool:
 
 
 def shard_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Give what this rank holds of a partitioned parameter, out of a whole value; the last shards are padded with 0."""
+    """Return this rank's part of a partitioned parameter, out of a whole value; the last shards are padded with 0."""
     num_here, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
     mine = whole.reshape(-1)[rank * num_here : (rank + 1) * num_here]
     return nn.functional.pad(mine, (0, num_here - mine.numel()))
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:
-    """Give the bytes that this rank holds of a parameter: its shard, and the whole where that is here as well."""
+    """Return the bytes that this rank holds of a parameter: its shard, and the whole where that is here as well."""
     shard = parameter.ds_tensor if is_partitioned(parameter) else None  # type: ignore[attr-defined]
     tensors = {tensor.data_ptr(): tensor for tensor in (parameter.data, shard) if tensor is not None and tensor.numel()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -196,7 +196,7 @@ def resident_bytes(parameter: nn.Parameter) -> int:
 
 @torch.no_grad()
 def whole_on(world_rank: int, parameter: nn.Parameter) -> Tensor | None:
-    """Give a copy of the whole parameter to one rank and None to the others, who hold no more than their shard.
+    """Return a copy of the whole parameter to one rank and None to the others, who hold no more than their shard.
 
     A collective. The shards travel straight to that rank; a gather on every rank would hold one weight too many.
     """

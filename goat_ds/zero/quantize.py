@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
 
 
 def recipe_of(quantization: BaseQuantization | None, *, engine_config: dict[str, Any]) -> Recipe | None:
-    """Give the recipe for a filled DeepSpeed config; None where nothing becomes 4-bit."""
+    """Return the recipe for a filled DeepSpeed config; None where nothing becomes 4-bit."""
     if quantization is None:
         return None
     return Recipe(quantization, partition.cutter(engine_config, stage=ds_config.stage(engine_config)))
@@ -100,7 +100,7 @@ def misfits(skeleton: nn.Module, quantization: BaseQuantization) -> Iterator[str
 
 
 def to_bytes_on_all(base: nn.Module, bytes_N: Tensor | None, *, owner: int, recipe: Recipe) -> QuantizedLinear:
-    """Give the 4-bit layer that takes a linear layer's place, and free the weight that it had. A collective.
+    """Return the 4-bit layer that takes a linear layer's place, and free the weight that it had. A collective.
 
     Args:
         base: The unquantised layer.
@@ -143,7 +143,7 @@ def can_be_mapped(base: Base, *, dtype: torch.dtype) -> bool:
 
 
 def _dtypes_on_disk(model: str) -> Iterator[str]:
-    """Walk over the dtypes of the tensors in a base's safetensors files; over none where it has other files."""
+    """Yield the dtypes of the tensors in a base's safetensors files; over none where it has other files."""
     quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     if single := cached_file(model, SAFE_WEIGHTS_NAME, **quiet):
         paths = [single]
@@ -213,7 +213,7 @@ def load_mapped(
 
 
 def _fingerprint(base: nn.Module) -> str:
-    """Give a name for the values of a model, from a few of each parameter; ranks of several nodes have files each."""
+    """Return a name for the values of a model, from a few of each parameter; ranks of several nodes have files each."""
     digest = hashlib.sha256()
     for parameter in base.parameters():
         values = parameter.detach().view(-1)
