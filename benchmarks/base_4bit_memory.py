@@ -154,7 +154,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> 
             quantization=quantization if mapped else None,
         )
         model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
-        starts.start_adapter(
+        starts.init_adapter(
             model,
             engines.ADAPTER_NAME,
             seed=0,

@@ -36,7 +36,7 @@ from goat_ds.train.inputs import read_inputs
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
-from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.decompose import init_adapter
 from goat_ds.zero.ds_config import Precision
 
 RIVAL, OURS = "DeepSpeed", "ours"
@@ -118,7 +118,7 @@ def engine_of(base_folder: Path, engine_config: dict[str, Any]) -> Any:
         engine_config=engine_config,
     )
     model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
-    start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None)
+    init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None)
     return engines.build_engine(
         model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)
     )

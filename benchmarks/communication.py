@@ -43,7 +43,7 @@ from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
-from goat_ds.zero.decompose import StoredExperts, start_adapter
+from goat_ds.zero.decompose import StoredExperts, init_adapter
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Checkpointing
 
@@ -243,7 +243,7 @@ def with_goat(base: Any, engine_config: dict[str, Any]) -> PeftModel:
         for item in named_experts(model, engines.ADAPTER_NAME)
         for name, parameter in item.experts.named_parameters()
     } if ranks.is_first() else None)  # fmt: skip
-    start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None, stored=start)
+    init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None, stored=start)
     return model
 
 

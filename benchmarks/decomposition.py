@@ -17,7 +17,7 @@ import results
 import torch
 from torch import Tensor
 
-from goat_ds.method.spectrum import Directions, Start, chosen_indices, decompose
+from goat_ds.method.spectrum import Directions, Init, chosen_indices, decompose
 
 R, NUM_EXPERTS = 32, 8
 SQUARE, LARGE = "4096 x 4096", "LLaMA-3-8B down (4096 x 14336)"
@@ -47,7 +47,7 @@ def main() -> None:
 def compare(name: str, *, repetitions: int) -> list[results.Row]:
     """Measure one shape."""
     weight_OI = decaying_weight(*SHAPES[name])
-    indices_ED = chosen_indices(Start.GOAT, num_directions=min(SHAPES[name]), num_experts=NUM_EXPERTS, r=R)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=min(SHAPES[name]), num_experts=NUM_EXPERTS, r=R)
     # The first call of either sets up more than it computes.
     for work in (decompose, by_svd):
         work(weight_OI[: 4 * R, : 4 * R], indices_ED % (4 * R))

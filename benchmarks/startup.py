@@ -30,7 +30,7 @@ from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
-from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.decompose import init_adapter
 
 TARGETS = {"cold": 0.30, "cached": 0.02}
 
@@ -84,7 +84,7 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
     ours: dict[str, list[float]] = {name: [] for name in TARGETS}
 
     def start() -> None:
-        start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
+        init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
 
     for _ in range(repeats):
         rival.append(timed(lambda: decompose_everything(model)))

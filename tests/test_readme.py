@@ -105,7 +105,7 @@ def memory_rows(shape: tuple[int, int, int, int], folder: Path) -> list[float]:
     double = sum(Packing(double_quant=True).num_bytes(o * i) for o, i in four_bit.becomes_4bit.values())
     single, rest = four_bit.num_bytes(Kind.FOUR_BIT), four_bit.num_bytes(Kind.BASE)
     # bf16 values and gradients, fp32 master weights and two moments; the start is frozen.
-    trained = four_bit.num_bytes(Kind.START) + four_bit.count(Kind.TRAINED) * (2 + 2 + 4 + 8)
+    trained = four_bit.num_bytes(Kind.INITIAL) + four_bit.count(Kind.TRAINED) * (2 + 2 + 4 + 8)
     total = single + rest + trained
     sizes = (2 * four_bit.num_base_values, single, double, rest, trained, total, total / 8)
     return [size / 2**30 for size in sizes]

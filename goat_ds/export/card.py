@@ -16,7 +16,7 @@ METHOD = (
     "GOAT ([Make LoRA Great Again](https://arxiv.org/abs/2502.16894)) routes every token through a mixture of low-rank "
     "experts, each of which started from its own segment of the weights' singular spectrum."
 )
-STATIC = (
+DENSE = (
     "The routers left before training ended, and the experts, fitted to what they gave on average, were trained on as "
     "one dense adapter: what they add to a layer is the same for every token."
 )
@@ -150,7 +150,7 @@ def _card(adapter: Adapter, report: ExportReport, *, title: str, library: str, u
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(adapter, report))
     table = f"## Training\n\n| | |\n|---|---|\n{rows}"
-    method = METHOD if adapter.config.routed else f"{METHOD} {STATIC}"
+    method = METHOD if adapter.config.routed else f"{METHOD} {DENSE}"
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{method}\n\n{use}\n{table}\n"
 
 

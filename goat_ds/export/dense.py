@@ -3,7 +3,7 @@
     routed model ──► calibration tokens ──► A' of every layer (fit) ──► end to end (refine) ──► W + s B A' - s/E B0 A0
           └────────► held-out tokens ─────► what merging costs: merge_report.json
 
-A routed mixture depends on the token, so this is the nearest dense model and not the trained one; a static adapter
+A routed mixture depends on the token, so this is the nearest dense model and not the trained one; a dense adapter
 (``GoatConfig.routed`` is False) is dense already and loses nothing. Weights go from file to file one at a time.
 """
 
@@ -34,7 +34,7 @@ from goat_ds.export.refine import Refined, refine
 from goat_ds.export.same_base import check_base
 from goat_ds.export.stored_base import copy_terms, copy_tokenizer, find_base
 from goat_ds.export.tensors import plan_shards, write_shards
-from goat_ds.export.trained import STATIC, TrainedModel, base_model, load_trained
+from goat_ds.export.trained import DENSE, TrainedModel, base_model, load_trained
 from goat_ds.method.dense_fit import TOKENS_PER_FEATURE
 from goat_ds.method.spectrum import Factors
 
@@ -44,7 +44,7 @@ class Fitting:
     """How a routed model becomes dense, and how that is judged."""
 
     fit: Fit | None = None
-    """How every layer gets its static form; least squares by default."""
+    """How every layer gets its dense form; least squares by default."""
     calibration: tuple[str, ...] = ()
     """Data to fit on, in any training format; empty: the sample kept with the checkpoint."""
     split: str | None = None
@@ -52,7 +52,7 @@ class Fitting:
     calibration_tokens: int | None = None
     """Tokens to fit on, up to the end of a document; 131,072 by default."""
     refine_steps: int = 0
-    """Steps of distilling the routed model into the static form; 0: none."""
+    """Steps of distilling the routed model into the dense form; 0: none."""
     heldout: tuple[str, ...] = ()
     """Data to compare on; empty: the sample's, or a part of ``calibration`` set aside."""
     heldout_split: str | None = None
@@ -123,7 +123,7 @@ class Dense(NamedTuple):
 
 
 class _Settled(NamedTuple):
-    """The static form of a model, and what is known of it."""
+    """The dense form of a model, and what is known of it."""
 
     delta_of: DeltaOf
     fits: dict[str, LayerFit]
@@ -193,7 +193,7 @@ def export_lora(
     """
     fitting = fitting or Fitting()
     merge = _merge(checkpoint, output, base, merge_base, fitting, dtype)
-    if merge.start_is_packed:
+    if merge.initial_is_packed:
         raise ConfigError(
             "merge_base (dequant_w4): residual fold was packed into the 4-bit weights, so no LoRA adapter of the base "
             "equals this model; use --merge_base w16, or --mode dense"
@@ -231,7 +231,7 @@ def _merge(
 
 
 def _settle(merge: Merge, fitting: Fitting) -> _Settled:
-    """Find the static form, and what the trained model says on held-out tokens. A collective."""
+    """Find the dense form, and what the trained model says on held-out tokens. A collective."""
     source = _tokens(merge, fitting)
     calibration = heldout = None
     if source and merge.adapter.is_routed:
@@ -265,23 +265,23 @@ def _fitted(
 ) -> _Settled:
     fits = fit_layers(trained, packs)
     b_of = {path: experts.B.detach().float() for path, experts in trained.experts().items()}
-    trained.set_static({path: merge.delta(path, Factors(fit.mean_RI, b_of[path])) for path, fit in fits.items()})
+    trained.set_dense({path: merge.delta(path, Factors(fit.mean_RI, b_of[path])) for path, fit in fits.items()})
     mean_gates = _compared(trained, reference, "mean gates")
     if fitting.chosen_fit is Fit.LEAST_SQUARES:
-        trained.set_static({path: merge.delta(path, Factors(fit.fitted_RI, b_of[path])) for path, fit in fits.items()})
+        trained.set_dense({path: merge.delta(path, Factors(fit.fitted_RI, b_of[path])) for path, fit in fits.items()})
     refined = None
     if fitting.refine_steps and reference:
         before = _compared(trained, reference, "fitted")
         assert before is not None
         refined = refine(trained, packs, reference, before, num_steps=fitting.refine_steps)
-    deltas = {path: Factors(e.A.detach().cpu(), e.B.detach().cpu()) for path, e in trained.experts(STATIC).items()}
+    deltas = {path: Factors(e.A.detach().cpu(), e.B.detach().cpu()) for path, e in trained.experts(DENSE).items()}
     return _Settled(deltas.__getitem__, fits, source, packs.num_tokens, reference, mean_gates, refined)
 
 
 def _compared(trained: TrainedModel, reference: Reference | None, name: str) -> Comparison | None:
     if reference is None:
         return None
-    with trained.computing_with(STATIC) as model:
+    with trained.computing_with(DENSE) as model:
         return compare(model, reference, name=name)
 
 

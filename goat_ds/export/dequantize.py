@@ -71,7 +71,7 @@ def _check_stored(adapter: Adapter, base: StoredBase, choice: MergeBase) -> None
         )
 
 
-def start_is_packed(adapter: Adapter, merge_base: MergeBase) -> bool:
+def initial_is_packed(adapter: Adapter, merge_base: MergeBase) -> bool:
     """Whether the weights of ``merge_base`` hold ``-W_res`` already: 4-bit ones were packed with it."""
     return adapter.is_folded and merge_base is MergeBase.DEQUANT_W4
 

@@ -1,4 +1,4 @@
-"""Return every layer of a trained model its static form, from what its tokens do on the way through the model.
+"""Return every layer of a trained model its dense form, from what its tokens do on the way through the model.
 
 Shape letters: O out features, I in features, R total rank.
 """
@@ -17,13 +17,13 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import ExportError
 from goat_ds.export.calibration import Packs
 from goat_ds.export.trained import TRAINED, TrainedModel
-from goat_ds.method.dense_fit import Moments, fit_static, is_finite, mean_gates_form
-from goat_ds.tuner.fit_sums import MOMENTS_BYTES, moments_in_passes
+from goat_ds.method.dense_fit import FitSums, fit_dense, is_finite, mean_gates_form
+from goat_ds.tuner.fit_sums import FIT_SUMS_BYTES, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
 
 
 class Fit(StrEnum):
-    """How a layer gets its static form."""
+    """How a layer gets its dense form."""
 
     LEAST_SQUARES = "least_squares"
     """The best linear stand-in for the gated activations."""
@@ -34,7 +34,7 @@ class Fit(StrEnum):
 class LayerFit(NamedTuple):
     """Static forms of one layer: ``A'`` in fp32 ``[R, I]``, fitted and with mean gates, and what each misses.
 
-    See ``method.dense_fit.StaticFit``.
+    See ``method.dense_fit.DenseFit``.
     """
 
     fitted_RI: Tensor
@@ -44,20 +44,20 @@ class LayerFit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = MOMENTS_BYTES) -> dict[str, LayerFit]:
-    """Return the static forms of every layer by its path, the same on every rank. A collective.
+def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = FIT_SUMS_BYTES) -> dict[str, LayerFit]:
+    """Return the dense forms of every layer by its path, the same on every rank. A collective.
 
     Args:
         trained: What was trained.
         packs: Calibration tokens, shared by the ranks; at least one row for each.
-        max_bytes: What the moments of the layers in hand may take.
+        max_bytes: What the sums of the layers in hand may take.
     """
     experts = trained.experts(TRAINED)
     bar = tqdm(total=len(experts), desc="fit", unit="layer", disable=not ranks.is_first())
     fits = {}
-    for moments in moments_in_passes(experts, partial(_run, trained.model, packs), max_bytes=max_bytes):
-        _sum_over_ranks(moments)
-        for index, (path, own) in enumerate(moments.items()):
+    for sums in fit_sums_in_passes(experts, partial(_run, trained.model, packs), max_bytes=max_bytes):
+        _sum_over_ranks(sums)
+        for index, (path, own) in enumerate(sums.items()):
             fits[path] = _fit(experts[path], own, owner=index % ranks.get_world_size())
             bar.update()
     bar.close()
@@ -70,9 +70,9 @@ def _run(model: Any, packs: Packs) -> None:
         label_logits(model, batch.to(ranks.device()))
 
 
-def _sum_over_ranks(moments: Mapping[str, Moments]) -> None:
+def _sum_over_ranks(sums: Mapping[str, FitSums]) -> None:
     summed: set[int] = set()
-    for own in moments.values():
+    for own in sums.values():
         if id(own.xx_II) not in summed:
             summed.add(id(own.xx_II))
             ranks.sum_over_ranks_(own.xx_II)
@@ -81,15 +81,15 @@ def _sum_over_ranks(moments: Mapping[str, Moments]) -> None:
         own.num_tokens = int(ranks.sum_over_ranks_(torch.tensor(own.num_tokens, device=own.xx_II.device)))
 
 
-def _fit(experts: GoatExperts, moments: Moments, *, owner: int) -> LayerFit:
+def _fit(experts: GoatExperts, sums: FitSums, *, owner: int) -> LayerFit:
     """Let one rank solve, and return all what it found."""
     forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
     told = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
     if owner == ranks.get_rank():
-        if not is_finite(moments):
+        if not is_finite(sums):
             raise ExportError(f"{experts.name} computes values that are not finite on the calibration tokens")
-        found = fit_static(experts.A, experts.scaled_B, moments)
-        forms[0], forms[1] = found.a_RI, mean_gates_form(experts.A, moments)
+        found = fit_dense(experts.A, experts.scaled_B, sums)
+        forms[0], forms[1] = found.a_RI, mean_gates_form(experts.A, sums)
         told[0], told[1] = found.unexplained, found.unexplained_by_mean
     fitted_RI, mean_RI = ranks.send_from(owner, forms)
     return LayerFit(fitted_RI, mean_RI, *ranks.send_from(owner, told).tolist())

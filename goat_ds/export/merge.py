@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.export.adapter_file import KEY_PREFIX, WEIGHTS_NAME, Adapter
 from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
-from goat_ds.export.dequantize import MergeBase, start_is_packed
+from goat_ds.export.dequantize import MergeBase, initial_is_packed
 from goat_ds.export.stored_base import StoredBase
 from goat_ds.export.tensors import StoredTensor, read_unmapped
 from goat_ds.method.dense_fit import dense_factors, merged
@@ -43,24 +43,24 @@ class Merge(NamedTuple):
         return self.dtype or self.adapter.dtype
 
     @property
-    def start_is_packed(self) -> bool:
+    def initial_is_packed(self) -> bool:
         """Whether the weights that are written hold ``-W_res`` already."""
-        return start_is_packed(self.adapter, self.merge_base)
+        return initial_is_packed(self.adapter, self.merge_base)
 
-    def delta(self, path: str, static: Factors) -> Factors:
+    def delta(self, path: str, dense: Factors) -> Factors:
         """Return a layer's ``ΔW`` in fp32 from its ``A'`` and ``B``."""
         tensors, config = self.adapter.layers[path], self.adapter.config
         start = None
-        place = static.a_RI.device
-        if config.init.decomposes and not self.start_is_packed:
+        place = dense.a_RI.device
+        if config.init.decomposes and not self.initial_is_packed:
             start = Factors(*(tensors[name].read().to(place, torch.float32) for name in ("A0", "B0")))
         scale_R: Tensor | float = self.adapter.scale(path)
         if config.adaptive_scale:
             scale_R = tensors["s"].read().to(place, torch.float32).repeat_interleave(config.expert_rank)
-        return dense_factors(static, start, scale_R=scale_R, num_experts=config.num_experts)
+        return dense_factors(dense, start, scale_R=scale_R, num_experts=config.num_experts)
 
     def stored_delta(self, path: str) -> Factors:
-        """Return the ``ΔW`` of a layer that was trained static."""
+        """Return the ``ΔW`` of a layer that was trained dense."""
         tensors = self.adapter.layers[path]
         return self.delta(path, Factors(tensors["A"].read().float(), tensors["B"].read().float()))
 
@@ -87,7 +87,7 @@ def dense_tensors(merge: Merge, delta_of: DeltaOf | None = None) -> dict[str, St
 
 def _with_ties_parted(merge: Merge) -> list[BaseTensor]:
     """List the base's tensors, and a copy of the embedding for an adapted output layer that shared it."""
-    items = base_tensors(merge.adapter, merge.base, merge.merge_base, folded=merge.start_is_packed)
+    items = base_tensors(merge.adapter, merge.base, merge.merge_base, folded=merge.initial_is_packed)
     by_name = {item.name: item for item in items}
     ties = merge.base.skeleton.all_tied_weights_keys
     shared = [name for path in merge.adapter.layers if (name := f"{path}.weight") not in by_name]

@@ -78,7 +78,7 @@ class MergeReport(ExportReport):
     """What stands beside merged weights: what merging cost."""
 
     fit: str | None
-    """How layers got their static form; None: they were trained in it."""
+    """How layers got their dense form; None: they were trained in it."""
     calibration: str | None
     """What was fitted on."""
     calibration_tokens: int
@@ -150,7 +150,7 @@ def merge_report(
     Args:
         mode: dense or lora.
         merge: What was merged with what.
-        fit: How layers got their static form; None: they had it.
+        fit: How layers got their dense form; None: they had it.
         fits: By layer.
         source: Of the tokens, if there are any.
         num_tokens: That were fitted on.

@@ -22,7 +22,7 @@ from goat_ds.data import MicroBatch, label_logits
 from goat_ds.distributed import ranks
 from goat_ds.export.calibration import Packs
 from goat_ds.export.compare import Comparison, Reference, compare, divergence
-from goat_ds.export.trained import STATIC, TRAINED, TrainedModel
+from goat_ds.export.trained import DENSE, TRAINED, TrainedModel
 
 LEARNING_RATE = 2e-3
 """Peak rate of AdamW, in units of each factor's root mean square."""
@@ -44,19 +44,19 @@ class Refined(NamedTuple):
 
 
 def refine(trained: TrainedModel, packs: Packs, reference: Reference, before: Comparison, *, num_steps: int) -> Refined:
-    """Train the static form towards the trained model's predictions. A collective.
+    """Train the dense form towards the trained model's predictions. A collective.
 
     Args:
         trained: With a fitted dense form.
         packs: Calibration tokens; each rank takes a row a step, in order, and the same positions at every call.
         reference: The trained model on held-out tokens.
-        before: The static form on them.
+        before: The dense form on them.
         num_steps: Steps of AdamW, with a cosine from the peak rate to zero.
     """
-    factors = [factor for experts in trained.experts(STATIC).values() for factor in (experts.A, experts.B)]
+    factors = [factor for experts in trained.experts(DENSE).values() for factor in (experts.A, experts.B)]
     start = [factor.detach().clone() for factor in factors]
     _distil(trained, packs, factors, num_steps=num_steps)
-    with trained.computing_with(STATIC) as model:
+    with trained.computing_with(DENSE) as model:
         after = compare(model, reference, name="refined")
     refined = Refined(num_steps, before, after)
     if not refined.is_kept:
@@ -108,7 +108,7 @@ def _gradients(trained: TrainedModel, batch: MicroBatch, others_L: Tensor, facto
     batch = batch._replace(label_index=torch.cat([batch.label_index, others_L])).to(ranks.device())
     with torch.no_grad(), trained.computing_with(TRAINED) as model:
         wanted_LV = label_logits(model, batch)
-    with trained.computing_with(STATIC) as model:
+    with trained.computing_with(DENSE) as model:
         for factor in factors:
             factor.requires_grad_(True)
         logits_LV = label_logits(model, batch)

@@ -1,6 +1,6 @@
 """A trained model in memory, as it computed in training, and a dense form beside it. Needs no DeepSpeed.
 
-Both are adapters of one base: "default" is what was trained, "static" what will be written, a plain low-rank adapter.
+Both are adapters of one base: "default" is what was trained, "dense" what will be written, a plain low-rank adapter.
 """
 
 import copy
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from goat_ds.distributed import ranks
 from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
-from goat_ds.export.dequantize import MergeBase, start_is_packed
+from goat_ds.export.dequantize import MergeBase, initial_is_packed
 from goat_ds.export.stored_base import StoredBase
 from goat_ds.method.scaling import Scaling
-from goat_ds.method.spectrum import Factors, Start
+from goat_ds.method.spectrum import Factors, Init
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.layer import GoatExperts, GoatLayer
 from goat_ds.tuner.model import GoatModel, named_experts
 
-TRAINED, STATIC = "default", "static"
+TRAINED, DENSE = "default", "dense"
 
 
 def base_model(adapter: Adapter, base: StoredBase, tensors: list[BaseTensor], *, dtype: torch.dtype) -> PreTrainedModel:
@@ -70,10 +70,10 @@ class TrainedModel:
                 layer.set_adapter([TRAINED])
 
     @torch.no_grad()
-    def set_static(self, deltas: Mapping[str, Factors]) -> None:
+    def set_dense(self, deltas: Mapping[str, Factors]) -> None:
         """Put a dense form beside what was trained: ``ΔW = B A`` of layers by their path, in fp32."""
         for path, layer in self.layers.items():
-            layer.goat_experts[STATIC] = _plain_low_rank(layer.goat_experts[TRAINED], deltas[path])  # type: ignore[arg-type]
+            layer.goat_experts[DENSE] = _plain_low_rank(layer.goat_experts[TRAINED], deltas[path])  # type: ignore[arg-type]
 
 
 def _plain_low_rank(trained: GoatExperts, delta: Factors) -> GoatExperts:
@@ -83,7 +83,7 @@ def _plain_low_rank(trained: GoatExperts, delta: Factors) -> GoatExperts:
         r=rank,
         num_experts=1,
         top_k=1,
-        init=Start.ZERO,
+        init=Init.ZERO,
         scaling=Scaling.ALPHA,
         lora_alpha=float(rank),
         balance_coef=0.0,
@@ -114,7 +114,7 @@ def load_trained(adapter: Adapter, base: StoredBase, merge_base: MergeBase, *, d
         merge_base: Which weights of the base they stand on.
         dtype: That the model computes in.
     """
-    packed = start_is_packed(adapter, merge_base)
+    packed = initial_is_packed(adapter, merge_base)
     tensors = base_tensors(adapter, base, merge_base, folded=packed)
     # The base as it is built here has no name, no packed layer, and the modules that were trained whole.
     values = adapter.config.to_dict() | dict.fromkeys(

@@ -1,10 +1,10 @@
-"""The best static stand-in for a routed mixture: one ``A'`` for all tokens, by least squares.
+"""The best dense stand-in for a routed mixture: one ``A'`` for all tokens, by least squares.
 
     routed   y = W0 x + b + s B (g(x) ∘ A x) - s/E B0 A0 x
-    static   y = W0 x + b + s B A' x         - s/E B0 A0 x        A' = E[(g ∘ Ax) xᵀ] E[x xᵀ]⁻¹
+    dense    y = W0 x + b + s B A' x         - s/E B0 A0 x        A' = E[(g ∘ Ax) xᵀ] E[x xᵀ]⁻¹
 
 ``A'`` is the best linear prediction of the gated activations from the layer's input, and so ``B A' x`` is that of the
-mixture's output, whatever ``B`` is. The static form is dense: ``ΔW = s B A' - s/E B0 A0`` has rank 2 R at most.
+mixture's output, whatever ``B`` is. The dense form is dense: ``ΔW = s B A' - s/E B0 A0`` has rank 2 R at most.
 
 Shape letters: T tokens, I in features, O out features, E experts, R total rank, D = R / E.
 """
@@ -27,7 +27,7 @@ TOKENS_PER_FEATURE = 2
 
 
 @dataclass
-class Moments:
+class FitSums:
     """Sums over the tokens of one layer, in fp32 or better; ``xx_II`` may belong to several layers."""
 
     xx_II: Tensor
@@ -42,7 +42,7 @@ class Moments:
     """How many."""
 
 
-class MixtureMoments(NamedTuple):
+class MixtureSums(NamedTuple):
     """What the tokens of one micro-batch add to a layer's own sums."""
 
     hx_RI: Tensor
@@ -50,8 +50,8 @@ class MixtureMoments(NamedTuple):
     gates_E: Tensor
 
 
-class StaticFit(NamedTuple):
-    """The static form of one layer.
+class DenseFit(NamedTuple):
+    """The dense form of one layer.
 
     ``a_RI`` is ``A'`` in float64. ``unexplained`` is the mean square of what it misses of the mixture's output
     ``s B (g ∘ Ax)``, as a share of that output's own; ``unexplained_by_mean`` the same with mean gates.
@@ -62,7 +62,7 @@ class StaticFit(NamedTuple):
     unexplained_by_mean: float
 
 
-def add_input_moments_(xx_II: Tensor, x_TI: Tensor) -> None:
+def add_input_sums_(xx_II: Tensor, x_TI: Tensor) -> None:
     """Add ``Σ x xᵀ`` over tokens to the lower triangle of a matrix of their dtype, some rows at a time.
 
     The rest of the matrix holds parts of it and means nothing: the sum is symmetric, and half the products are saved.
@@ -72,26 +72,26 @@ def add_input_moments_(xx_II: Tensor, x_TI: Tensor) -> None:
         xx_II[first:end, :end].addmm_(x_TI[:, first:end].T, x_TI[:, :end])
 
 
-def mixture_moments(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> MixtureMoments:
+def mixture_sums(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> MixtureSums:
     """Return a layer's own sums over tokens, whose inputs are in fp32 or better."""
     h_TR, gates_TE = gated_activations(x_TI, factors, settings)
-    return MixtureMoments(h_TR.T @ x_TI, h_TR.T @ h_TR, gates_TE.sum(dim=0))
+    return MixtureSums(h_TR.T @ x_TI, h_TR.T @ h_TR, gates_TE.sum(dim=0))
 
 
-def is_finite(moments: Moments) -> bool:
+def is_finite(sums: FitSums) -> bool:
     """Whether a fit to these sums can be made."""
-    sums = (moments.xx_II.diagonal(), moments.hx_RI, moments.hh_RR)
-    return all(bool(tensor.isfinite().all()) for tensor in sums)
+    tensors = (sums.xx_II.diagonal(), sums.hx_RI, sums.hh_RR)
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def mean_gates_form(a_RI: Tensor, moments: Moments) -> Tensor:
+def mean_gates_form(a_RI: Tensor, sums: FitSums) -> Tensor:
     """Return ``E[g] ∘ A`` in float64 ``[R, I]``: what is left of the routing when every gate is its mean."""
-    mean_E = moments.gates_E.double() / moments.num_tokens
+    mean_E = sums.gates_E.double() / sums.num_tokens
     return mean_E.repeat_interleave(len(a_RI) // len(mean_E))[:, None] * a_RI.double()
 
 
-def fit_static(a_RI: Tensor, b_OR: Tensor, moments: Moments, *, ridge: float = RIDGE) -> StaticFit:
-    """Fit the static form of one layer.
+def fit_dense(a_RI: Tensor, b_OR: Tensor, sums: FitSums, *, ridge: float = RIDGE) -> DenseFit:
+    """Fit the dense form of one layer.
 
     The ridge pulls towards the mean gates, so that a direction which the tokens hardly show keeps those, and counts
     in units of each feature's mean square, because some features of a language model are a thousand times larger
@@ -101,22 +101,22 @@ def fit_static(a_RI: Tensor, b_OR: Tensor, moments: Moments, *, ridge: float = R
         a_RI: ``A``.
         b_OR: ``B``, times ``s_e`` where experts have scales of their own; says how much every activation counts in
             ``unexplained``.
-        moments: Of the layer.
+        sums: Of the layer.
         ridge: Weight of the pull.
     """
-    start_RI, xx_II = mean_gates_form(a_RI, moments), _symmetric(moments.xx_II)
+    start_RI, xx_II = mean_gates_form(a_RI, sums), _symmetric(sums.xx_II)
     size_I = xx_II.diagonal().sqrt()
     # A feature that is always zero has nothing to say and must not divide.
     size_I = torch.where(size_I > 0, size_I, torch.ones_like(size_I))
     normal_II = (xx_II / size_I).div_(size_I[:, None])
     normal_II.diagonal().add_(ridge)
-    missing_RI = (moments.hx_RI.double() - start_RI @ xx_II) / size_I
+    missing_RI = (sums.hx_RI.double() - start_RI @ xx_II) / size_I
     step_RI = torch.cholesky_solve(missing_RI.T, torch.linalg.cholesky(normal_II)).T / size_I
     fitted_RI = start_RI + step_RI
-    return StaticFit(
+    return DenseFit(
         fitted_RI,
-        _unexplained(fitted_RI, b_OR, moments, xx_II),
-        _unexplained(start_RI, b_OR, moments, xx_II),
+        _unexplained(fitted_RI, b_OR, sums, xx_II),
+        _unexplained(start_RI, b_OR, sums, xx_II),
     )
 
 
@@ -126,9 +126,9 @@ def _symmetric(lower_II: Tensor) -> Tensor:
     return whole_II
 
 
-def _unexplained(a_RI: Tensor, b_OR: Tensor, moments: Moments, xx_II: Tensor) -> float:
+def _unexplained(a_RI: Tensor, b_OR: Tensor, sums: FitSums, xx_II: Tensor) -> float:
     """Return ``E‖B(h - A'x)‖² / E‖B h‖²``; 0 where the mixture gives nothing."""
-    hx_RI, hh_RR = moments.hx_RI.double(), moments.hh_RR.double()
+    hx_RI, hh_RR = sums.hx_RI.double(), sums.hh_RR.double()
     cross_RR = a_RI @ hx_RI.T
     left_RR = hh_RR - cross_RR - cross_RR.T + a_RI @ xx_II @ a_RI.T
     weight_RR = b_OR.double().T @ b_OR.double()
@@ -136,19 +136,19 @@ def _unexplained(a_RI: Tensor, b_OR: Tensor, moments: Moments, xx_II: Tensor) ->
     return float((weight_RR * left_RR).sum().clamp_min(0)) / whole if whole > 0 else 0.0
 
 
-def dense_factors(static: Factors, start: Factors | None, *, scale_R: Tensor | float, num_experts: int) -> Factors:
+def dense_factors(dense: Factors, start: Factors | None, *, scale_R: Tensor | float, num_experts: int) -> Factors:
     """Return ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A = s B A' - s/E B0 A0``; S is R, or 2 R with a start.
 
     Every row of ``A`` is as large as its column of ``B``.
 
     Args:
-        static: ``A'`` and ``B``.
+        dense: ``A'`` and ``B``.
         start: ``A0`` and ``B0`` where their term stands beside the base weight; None where there is none, or where it
             was folded into the weight.
         scale_R: ``s``, or that of the expert each direction belongs to ``[R]`` (GOAT-s).
         num_experts: E.
     """
-    a_SI, b_OS = static.a_RI, static.b_OR * scale_R
+    a_SI, b_OS = dense.a_RI, dense.b_OR * scale_R
     if start is not None:
         a_SI = torch.cat([a_SI, start.a_RI])
         b_OS = torch.cat([b_OS, start.b_OR * (-scale_R / num_experts)], dim=1)

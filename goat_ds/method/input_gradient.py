@@ -20,7 +20,7 @@ class Product(NamedTuple):
     right_GI: Tensor
 
 
-class GradientTogether:
+class SummedGradient:
     """The mixtures' parts of the gradient of one ``x``."""
 
     def __init__(self) -> None:
@@ -48,25 +48,25 @@ def _running_backward() -> int:
     return number
 
 
-def gradient_together(x: Tensor) -> tuple[Tensor, GradientTogether]:
+def sum_gradients(x: Tensor) -> tuple[Tensor, SummedGradient]:
     """Return the ``x`` to call the frozen layer with, and what takes the mixtures' parts of its gradient.
 
     The frozen layer must make its gradient for nobody else, as a product does. Where its output leads to a loss through
     the mixtures, their backward is over when its own begins.
     """
-    together = GradientTogether()
-    return _Together.apply(x, together), together
+    summed = SummedGradient()
+    return _SumGradients.apply(x, summed), summed
 
 
-class _Together(torch.autograd.Function):
+class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, together: GradientTogether) -> Tensor:
-        ctx.together = together
+    def forward(ctx: Any, x: Tensor, summed: SummedGradient) -> Tensor:
+        ctx.summed = summed
         return x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
-        ctx.together.added_to_(grad.view(-1, grad.shape[-1]))
+        ctx.summed.added_to_(grad.view(-1, grad.shape[-1]))
         return grad, None

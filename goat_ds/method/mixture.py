@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from goat_ds.method.dropout import dropout_mask, kept_share
-from goat_ds.method.input_gradient import GradientTogether, Product
+from goat_ds.method.input_gradient import Product, SummedGradient
 from goat_ds.method.routing import (
     BalanceSignal,
     Gates,
@@ -41,7 +41,7 @@ class MixtureFactors(NamedTuple):
     """The tensors of one layer's mixture.
 
     ``a0_RI`` and ``b0_OR`` are None where there is no low-rank residual, ``router_EI`` is None for one expert and for
-    static experts, which all count for every token, ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts
+    dense experts, which all count for every token, ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts
     share ``MixtureSettings.scale``.
     """
 
@@ -86,7 +86,7 @@ class GatedActivations(NamedTuple):
 def gated_activations(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> GatedActivations:
     """Return what a router lets through of the rank-R activations; has no gradient of its own."""
     u_TR, _, logits_TE = _activations(x_TI, factors._replace(a0_RI=None), settings, None)
-    assert logits_TE is not None, "a layer without a router is static already"
+    assert logits_TE is not None, "a layer without a router is dense already"
     gates_TE = top_k_gates(logits_TE, top_k=settings.top_k).gates_TE
     expert_rank = len(factors.a_RI) // settings.num_experts
     return GatedActivations(u_TR * gates_TE.to(x_TI.dtype).repeat_interleave(expert_rank, dim=1), gates_TE)
@@ -101,7 +101,7 @@ def mixture(
     signal: BalanceSignal,
     dropout_seed: int | None = None,
     into_base: bool = False,
-    together: GradientTogether | None = None,
+    summed: SummedGradient | None = None,
 ) -> MixtureOutput:
     """Return ``base + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``, and what the router did.
 
@@ -114,9 +114,9 @@ def mixture(
         dropout_seed: Of ``dropout_mask``, through which ``A`` sees ``x``; the router and the residual see all of it.
             None: no dropout.
         into_base: Whether the result may take the place of ``base`` in memory, because nobody else reads it.
-        together: What takes the gradient of ``x``, which is given detached then.
+        summed: What takes the gradient of ``x``, which is given detached then.
     """
-    y, *load = _Mixture.apply(x, base, dropout_seed, into_base, together, settings, signal, *factors)
+    y, *load = _Mixture.apply(x, base, dropout_seed, into_base, summed, settings, signal, *factors)
     return MixtureOutput(y, RouterLoad(*load) if load else None)
 
 
@@ -130,7 +130,7 @@ class _Mixture(torch.autograd.Function):
         base: Tensor,
         dropout_seed: int | None,
         into_base: bool,
-        together: GradientTogether | None,
+        summed: SummedGradient | None,
         settings: MixtureSettings,
         signal: BalanceSignal,
         *tensors: Tensor | None,
@@ -150,7 +150,7 @@ class _Mixture(torch.autograd.Function):
         # Parameters are saved as they are: a sharded one is empty between forward and backward, and whole in both.
         # Gates and probabilities come of the logits again.
         ctx.save_for_backward(x, u_TR, logits_TE, *tensors)
-        ctx.dropout_seed, ctx.together, ctx.settings, ctx.signal = dropout_seed, together, settings, signal
+        ctx.dropout_seed, ctx.summed, ctx.settings, ctx.signal = dropout_seed, summed, settings, signal
         ctx.spread_ER = spread_ER
         if gates is None:
             return (y_TO.view(base.shape),)
@@ -165,7 +165,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, u_TR, logits_TE, *tensors = ctx.saved_tensors
         x_TI, grad_TO = _by_token(x), _by_token(grad)
-        factors, settings, together = MixtureFactors(*tensors), ctx.settings, ctx.together
+        factors, settings, summed = MixtureFactors(*tensors), ctx.settings, ctx.summed
         needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _ = ctx.needs_input_grad
         gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
         rank_gates_TR = _rank_gates(gates, ctx.spread_ER, factors, settings, dtype=x.dtype)
@@ -173,10 +173,10 @@ class _Mixture(torch.autograd.Function):
         grads = _rank_gradients(ctx, grad_h_TS, u_TR, gates, factors, rank_gates_TR)
         mask_TI = _mask(x_TI, settings, ctx.dropout_seed)
         grad_x = grad_a_RI = grad_b_OR = grad_router_EI = None
-        if needs_x or together is not None:
+        if needs_x or summed is not None:
             part = _input_gradient(grads, factors, mask_TI)
-            if together is not None:
-                together.put(id(ctx), part)
+            if summed is not None:
+                summed.put(id(ctx), part)
             else:
                 grad_x = (part.left_TG @ part.right_GI if isinstance(part, Product) else part).view(x.shape)
         if needs_b:

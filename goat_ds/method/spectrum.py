@@ -16,7 +16,7 @@ from torch import Tensor
 from goat_ds.errors import ConfigError
 
 
-class Start(StrEnum):
+class Init(StrEnum):
     """Which directions of the spectrum the experts start from."""
 
     GOAT = "goat"
@@ -29,7 +29,7 @@ class Start(StrEnum):
     @property
     def decomposes(self) -> bool:
         """Whether this start needs singular vectors; the others draw ``A`` and leave ``B`` at zero."""
-        return self is not Start.ZERO
+        return self is not Init.ZERO
 
 
 VALUES_AT_ONCE = 2**20
@@ -67,7 +67,7 @@ def segment_problem(*, out_features: int, in_features: int, num_experts: int, r:
     )
 
 
-def chosen_indices(start: Start, *, num_directions: int, num_experts: int, r: int) -> Tensor:
+def chosen_indices(start: Init, *, num_directions: int, num_experts: int, r: int) -> Tensor:
     """List the indices into the descending spectrum that each expert starts from.
 
     Args:
@@ -90,19 +90,19 @@ def chosen_indices(start: Start, *, num_directions: int, num_experts: int, r: in
     within_D = torch.arange(expert_rank)
     experts_E = torch.arange(num_experts)
     match start:
-        case Start.GOAT:
+        case Init.GOAT:
             first_E = experts_E * segment
-        case Start.GOAT_MINI:
+        case Init.GOAT_MINI:
             first_E = (experts_E + 1) * segment - expert_rank
-        case Start.PISSA:
+        case Init.PISSA:
             first_E = experts_E * expert_rank
-        case Start.MILORA:
+        case Init.MILORA:
             first_E = num_directions - r + experts_E * expert_rank
-        case Start.PISSA_MILORA:
+        case Init.PISSA_MILORA:
             # An odd expert in the middle, and a single expert, count as leading.
             trailing_E = experts_E >= math.ceil(num_experts / 2)
             first_E = experts_E * expert_rank + trailing_E * (num_directions - r)
-        case Start.ZERO:
+        case Init.ZERO:
             raise ValueError("start 'zero' takes no directions")
     return first_E[:, None] + within_D
 
@@ -228,7 +228,7 @@ def add_residual_(
         rows_OI.copy_(rows_OI.to(wide) + (b_OR.to(wide) * (times * scale_R / num_experts)) @ a_RI)
 
 
-def zero_start(*, out_features: int, in_features: int, r: int, dtype: torch.dtype, device: torch.device) -> Factors:
+def zero_init(*, out_features: int, in_features: int, r: int, dtype: torch.dtype, device: torch.device) -> Factors:
     """Draw ``A ~ U(-1/sqrt(I), 1/sqrt(I))`` from torch's generator and leave ``B`` at zero (LoRA-MoE)."""
     bound = 1 / math.sqrt(in_features)
     a_RI = torch.empty(r, in_features, dtype=dtype, device=device).uniform_(-bound, bound)

@@ -74,7 +74,7 @@ def _gathering(planner: Planner) -> Iterator[str]:
         if not zero.offloads_parameters:
             yield "ds_config: zero_optimization.stage (3) is slow on one rank, which has nobody to share with; use 1"
         return
-    kept = {item.name for item in persistent(planner.run(world_size))}
+    kept = {item.name for item in persistent(planner.placement(world_size))}
     small = [
         item
         for item in planner.skeleton.parameters

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-from goat_ds.plan.timeline import Moment, Use
+from goat_ds.plan.timeline import Instant, Use
 from goat_ds.zero.sizes import ZeroSizes
 
 NEVER = -1
@@ -31,7 +31,7 @@ class Gathered(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Bytes of gathered parameters at a moment."""
+    """Bytes of gathered parameters at a instant."""
 
     while_gathering: int
     """Most of them while its border is crossed."""
@@ -50,21 +50,21 @@ class _Buffer:
     has_arrived: bool = False
 
 
-def follow(moments: Sequence[Moment], parameters: Mapping[Use, Gathered], zero: ZeroSizes) -> Iterator[Load]:
-    """Follow a step; return the load of every moment."""
-    steps = [moment.parameters for moment in moments if moment.enters]
+def follow(instants: Sequence[Instant], parameters: Mapping[Use, Gathered], zero: ZeroSizes) -> Iterator[Load]:
+    """Follow a step; return the load of every instant."""
+    steps = [instant.parameters for instant in instants if instant.enters]
     coordinator = _Coordinator(steps, parameters, zero)
     leaving: tuple[Use, ...] = ()
-    for moment in moments:
+    for instant in instants:
         coordinator.release(leaving)
         leaving = ()
         most = coordinator.num_bytes
-        if moment.enters:
-            most = coordinator.fetch(moment.parameters)
+        if instant.enters:
+            most = coordinator.fetch(instant.parameters)
             # A module's backward says when it begins; it is over where something else begins.
-            leaving = moment.parameters if moment.backward else ()
+            leaving = instant.parameters if instant.backward else ()
         else:
-            coordinator.release(moment.parameters)
+            coordinator.release(instant.parameters)
         yield Load(most, coordinator.num_bytes)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from goat_ds.distributed import ranks
 from goat_ds.method.spectrum import chosen_indices, decompose
-from goat_ds.plan.memory import MASTER_BYTES, WIDE_BYTES, Memory, Part, Place, Run, optimizer, own_values, weights
+from goat_ds.plan.memory import MASTER_BYTES, WIDE_BYTES, Memory, Part, Place, Placement, optimizer, own_values, weights
 from goat_ds.plan.skeleton import Kind, Skeleton
 from goat_ds.plan.timeline import LiveBytes
 from goat_ds.tuner.config import GoatConfig
@@ -82,21 +82,21 @@ def _cost(shape: tuple[int, int]) -> int:
 
 
 def while_loading(phases: Sequence[Memory]) -> Memory:
-    """Return what a rank holds until its engine is ready, on device and host each at its own worst moment."""
+    """Return what a rank holds until its engine is ready, on device and host each at its own worst instant."""
     return Memory(tuple(part for place in Place for part in _worst_parts(phases, place)))
 
 
-def loading_phases(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> list[Memory]:
+def loading_phases(placement: Placement, decompositions: Decompositions, *, is_mapped: bool) -> list[Memory]:
     """Return what a rank holds in each phase until its engine is ready.
 
     Args:
-        run: Model, ZeRO and ranks.
+        placement: Model, ZeRO and ranks.
         decompositions: Of the model's weights.
         is_mapped: Whether a base that becomes 4-bit stays in its files until then.
     """
-    phases = [_while_starting(run, decompositions, is_mapped=is_mapped), _while_building(run)]
-    if run.zero.stage == 3 and not (is_mapped and run.skeleton.count(Kind.FOUR_BIT)):
-        phases.append(_while_reading(run))
+    phases = [_while_starting(placement, decompositions, is_mapped=is_mapped), _while_building(placement)]
+    if placement.zero.stage == 3 and not (is_mapped and placement.skeleton.count(Kind.FOUR_BIT)):
+        phases.append(_while_reading(placement))
     return [Memory(tuple(phase)) for phase in phases]
 
 
@@ -106,33 +106,33 @@ def _worst_parts(memories: Sequence[Memory], place: Place) -> list[Part]:
     return [part for part in worst.parts if part.place is place]
 
 
-def _while_reading(run: Run) -> Iterator[Part]:
+def _while_reading(placement: Placement) -> Iterator[Part]:
     """Every rank has its shards, and the largest parameter as it is gathered and as it is read."""
-    base = [item for item in run.skeleton.parameters if item.kind is Kind.BASE]
-    place = _place_of_base(run)
-    yield Part("base", sum(item.shard_bytes(run.world_size) for item in base) + _unquantised(run), place)
+    base = [item for item in placement.skeleton.parameters if item.kind is Kind.BASE]
+    place = _place_of_base(placement)
+    yield Part("base", sum(item.shard_bytes(placement.world_size) for item in base) + _unquantised(placement), place)
     yield Part("largest parameter, twice", 2 * max((item.num_bytes for item in base), default=0))
 
 
-def _place_of_base(run: Run) -> Place:
+def _place_of_base(placement: Placement) -> Place:
     # Below ZeRO-3 the engine brings the base to the device.
-    return Place.HOST if run.zero.stage < 3 or run.zero.offloads_parameters else Place.DEVICE
+    return Place.HOST if placement.zero.stage < 3 or placement.zero.offloads_parameters else Place.DEVICE
 
 
-def _unquantised(run: Run) -> int:
+def _unquantised(placement: Placement) -> int:
     """Return a rank's bytes of the weights that become 4-bit, as long as they are not."""
-    shapes = run.skeleton.becomes_4bit
-    sharers = run.world_size if run.zero.stage == 3 else 1
-    value_bytes = run.skeleton.value_bytes
+    shapes = placement.skeleton.becomes_4bit
+    sharers = placement.world_size if placement.zero.stage == 3 else 1
+    value_bytes = placement.skeleton.value_bytes
     return sum(-(-out_features * in_features // sharers) * value_bytes for out_features, in_features in shapes.values())
 
 
-def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool) -> Iterator[Part]:
-    skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
-    place = _place_of_base(run)
+def _while_starting(placement: Placement, decompositions: Decompositions, *, is_mapped: bool) -> Iterator[Part]:
+    skeleton, sharers = placement.skeleton, placement.world_size if placement.zero.stage == 3 else 1
+    place = _place_of_base(placement)
     for name, kinds, where in (
         ("base", (Kind.BASE,), place),
-        ("adapter", (Kind.START, Kind.TRAINED), Place.DEVICE if sharers == 1 else place),
+        ("adapter", (Kind.INITIAL, Kind.TRAINED), Place.DEVICE if sharers == 1 else place),
     ):
         held = (item for item in skeleton.parameters if item.kind in kinds)
         yield Part(name, sum(item.shard_bytes(sharers) for item in held), where)
@@ -140,19 +140,19 @@ def _while_starting(run: Run, decompositions: Decompositions, *, is_mapped: bool
     if packed and not skeleton.becomes_4bit:
         yield Part("base, 4-bit layers with their statistics", sum(packed), place)
     if skeleton.becomes_4bit and not is_mapped:
-        yield Part("base, layers that are not 4-bit yet", _unquantised(run), place)
-    yield from _worst_wave(run, decompositions, grows=bool(skeleton.becomes_4bit) and is_mapped, place=place)
+        yield Part("base, layers that are not 4-bit yet", _unquantised(placement), place)
+    yield from _worst_wave(placement, decompositions, grows=bool(skeleton.becomes_4bit) and is_mapped, place=place)
 
 
-def _worst_wave(run: Run, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
+def _worst_wave(placement: Placement, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
     """Return the weight a rank works on, and with it the 4-bit layers that are done by then."""
-    skeleton, sharers = run.skeleton, run.world_size if run.zero.stage == 3 else 1
-    dealt = waves(list(skeleton.weights), cost=skeleton.cost, world_size=run.world_size)
+    skeleton, sharers = placement.skeleton, placement.world_size if placement.zero.stage == 3 else 1
+    dealt = waves(list(skeleton.weights), cost=skeleton.cost, world_size=placement.world_size)
     rounds = [[path for path, _ in wave] for wave in dealt]
     packed = skeleton.packed_bytes
     finished = [sum(-(-packed.get(path, 0) // sharers) for path in wave) for wave in rounds]
     done = [0, *accumulate(finished)] if grows else [0] * (len(rounds) + 1)
-    at_work = [max((_at_work(run, path, decompositions) for path in wave), default=0) for wave in rounds]
+    at_work = [max((_at_work(placement, path, decompositions) for path in wave), default=0) for wave in rounds]
     if rounds:
         worst = max(range(len(rounds)), key=lambda wave: done[wave] + at_work[wave])
         yield Part("one weight, whole, and its decomposition", at_work[worst])
@@ -160,22 +160,27 @@ def _worst_wave(run: Run, decompositions: Decompositions, *, grows: bool, place:
             yield Part("base, 4-bit layers that are done", done[worst], place)
 
 
-def _at_work(run: Run, path: str, decompositions: Decompositions) -> int:
-    shape = run.skeleton.weights[path]
+def _at_work(placement: Placement, path: str, decompositions: Decompositions) -> int:
+    skeleton = placement.skeleton
+    shape = skeleton.weights[path]
     num_values = shape[0] * shape[1]
     # What is 4-bit in its file is unpacked to fp32.
-    is_stored = path in run.skeleton.packed_bytes and not run.skeleton.becomes_4bit
-    held = run.skeleton.packed_bytes[path] + 4 * num_values if is_stored else run.skeleton.value_bytes * num_values
-    return held + (decompositions.workspace(shape) if path in run.skeleton.decomposed else 0)
+    is_stored = path in placement.skeleton.packed_bytes and not placement.skeleton.becomes_4bit
+    held = (
+        placement.skeleton.packed_bytes[path] + 4 * num_values
+        if is_stored
+        else placement.skeleton.value_bytes * num_values
+    )
+    return held + (decompositions.workspace(shape) if path in placement.skeleton.decomposed else 0)
 
 
-def _while_building(run: Run) -> Iterator[Part]:
+def _while_building(placement: Placement) -> Iterator[Part]:
     """Masters are made while something of their size is there for a moment; ZeRO-3 makes its bucket now as well."""
     later = ("Adam's moments, fp32", "small parameters, whole on every rank")
-    early = ("gradients", "DeepSpeed's reduce bucket") if run.zero.stage < 3 else ()
-    for part in (*weights(run), *optimizer(run)):
+    early = ("gradients", "DeepSpeed's reduce bucket") if placement.zero.stage < 3 else ()
+    for part in (*weights(placement), *optimizer(placement)):
         if part.name not in (*later, *early):
             yield part
-    own = own_values(run)
-    place = Place.HOST if run.zero.offloads_optimizer else Place.DEVICE
+    own = own_values(placement)
+    place = Place.HOST if placement.zero.offloads_optimizer else Place.DEVICE
     yield Part("masters while they are made", own * max(MASTER_BYTES, WIDE_BYTES), place)

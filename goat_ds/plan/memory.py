@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank holds at its worst moment."""
+    """What a rank holds at its worst instant."""
 
     parts: tuple[Part, ...]
 
@@ -50,7 +50,7 @@ class Memory:
         return sum(part.num_bytes for part in self.parts)
 
 
-class Run(NamedTuple):
+class Placement(NamedTuple):
     """What decides over a rank's memory."""
 
     skeleton: Skeleton
@@ -58,29 +58,29 @@ class Run(NamedTuple):
     world_size: int
 
 
-def in_training(run: Run, timeline: Timeline, *, torch_adam: bool) -> Memory:
+def in_training(placement: Placement, timeline: Timeline, *, torch_adam: bool) -> Memory:
     """Return what a rank holds at the worst moment of a step that is not the first.
 
     Args:
-        run: Model, ZeRO and ranks.
+        placement: Model, ZeRO and ranks.
         timeline: Of one micro-batch.
         torch_adam: Whether AdamW is torch's, which works in tensors of its own.
     """
-    kept = [*weights(run), *optimizer(run)]
-    moment = _worst_moment(run, timeline)
-    at_step = list(_optimizer_step(run, torch_adam=torch_adam))
+    kept = [*weights(placement), *optimizer(placement)]
+    moment = _worst_instant(placement, timeline)
+    at_step = list(_optimizer_step(placement, torch_adam=torch_adam))
     busiest = max(moment, at_step, key=lambda parts: sum(part.num_bytes for part in parts))
     return Memory((*kept, *busiest))
 
 
-def weights(run: Run) -> Iterator[Part]:
+def weights(placement: Placement) -> Iterator[Part]:
     """Return what a rank holds of the model between two uses of it."""
-    skeleton, zero, world_size = run.skeleton, run.zero, run.world_size
+    skeleton, zero, world_size = placement.skeleton, placement.zero, placement.world_size
     place = Place.HOST if zero.offloads_parameters and zero.stage == 3 else Place.DEVICE
     names = {
         Kind.BASE: "base",
         Kind.FOUR_BIT: "base, 4-bit layers with their statistics",
-        Kind.START: "adapter, frozen start",
+        Kind.INITIAL: "adapter, frozen start",
         Kind.TRAINED: "adapter, trained",
     }
     for kind, name in names.items():
@@ -90,10 +90,10 @@ def weights(run: Run) -> Iterator[Part]:
         if zero.stage == 3:
             yield Part(name, sum(item.shard_bytes(world_size) for item in held), place)
         elif kind is Kind.TRAINED and zero.stage:
-            yield Part(name, _flat_values(run) * held[0].value_bytes)
+            yield Part(name, _flat_values(placement) * held[0].value_bytes)
         else:
             yield Part(name, sum(item.num_bytes for item in held))
-    if whole := sum(item.num_bytes for item in persistent(run)):
+    if whole := sum(item.num_bytes for item in persistent(placement)):
         yield Part("small parameters, whole on every rank", whole)
     if zero.second_copy_ranks > 1:
         second = sum(item.shard_bytes(zero.second_copy_ranks) for item in skeleton.parameters)
@@ -102,44 +102,44 @@ def weights(run: Run) -> Iterator[Part]:
         yield Part("buffers of the model", buffers)
 
 
-def persistent(run: Run) -> list[Held]:
+def persistent(placement: Placement) -> list[Held]:
     """List the parameters that ZeRO-3 holds whole beside their shards; 4-bit layers never are."""
-    if run.zero.stage != 3 or run.world_size == 1:
+    if placement.zero.stage != 3 or placement.world_size == 1:
         return []
     chosen, num_values = [], 0
-    for item in run.skeleton.parameters:
-        fits = item.num_values + num_values <= run.zero.most_persistent
-        if fits and item.num_values <= run.zero.persistence_threshold:
+    for item in placement.skeleton.parameters:
+        fits = item.num_values + num_values <= placement.zero.most_persistent
+        if fits and item.num_values <= placement.zero.persistence_threshold:
             num_values += item.num_values
             chosen.append(item)
     return [item for item in chosen if item.kind is not Kind.FOUR_BIT]
 
 
-def _trained(run: Run) -> list[Held]:
-    return [item for item in run.skeleton.parameters if item.kind is Kind.TRAINED]
+def _trained(placement: Placement) -> list[Held]:
+    return [item for item in placement.skeleton.parameters if item.kind is Kind.TRAINED]
 
 
-def _flat_values(run: Run) -> int:
+def _flat_values(placement: Placement) -> int:
     """Count the trained values in the buffer of ZeRO-1 and 2, which two values of every rank align."""
-    aligned = 2 * run.world_size
-    return -(-sum(item.num_values for item in _trained(run)) // aligned) * aligned
+    aligned = 2 * placement.world_size
+    return -(-sum(item.num_values for item in _trained(placement)) // aligned) * aligned
 
 
-def own_values(run: Run) -> int:
+def own_values(placement: Placement) -> int:
     """Count the trained values that a rank's optimizer works on."""
-    if run.zero.stage == 3:
-        return sum(-(-item.num_values // run.world_size) for item in _trained(run))
-    return _flat_values(run) // (run.world_size if run.zero.stage else 1)
+    if placement.zero.stage == 3:
+        return sum(-(-item.num_values // placement.world_size) for item in _trained(placement))
+    return _flat_values(placement) // (placement.world_size if placement.zero.stage else 1)
 
 
-def optimizer(run: Run) -> Iterator[Part]:
+def optimizer(placement: Placement) -> Iterator[Part]:
     """Return what a rank holds to train, between two steps and while gradients come."""
-    zero, own = run.zero, own_values(run)
-    value_bytes, place = _trained(run)[0].value_bytes, Place.HOST if zero.offloads_optimizer else Place.DEVICE
+    zero, own = placement.zero, own_values(placement)
+    value_bytes, place = _trained(placement)[0].value_bytes, Place.HOST if zero.offloads_optimizer else Place.DEVICE
     yield Part("master weights, fp32", own * MASTER_BYTES, place)
     yield Part("Adam's moments, fp32", own * ADAM_BYTES, place)
     # Below ZeRO-2 every gradient waits whole for its reduction.
-    gradients = own * zero.gradient_dtype.itemsize if zero.stage >= 2 else _flat_values(run) * value_bytes
+    gradients = own * zero.gradient_dtype.itemsize if zero.stage >= 2 else _flat_values(placement) * value_bytes
     yield Part("gradients", gradients, place if zero.stage >= 2 else Place.DEVICE)
     if zero.offloads_optimizer:
         yield Part("gradients as the optimizer takes them, fp32", own * WIDE_BYTES, Place.HOST)
@@ -149,37 +149,37 @@ def optimizer(run: Run) -> Iterator[Part]:
         yield Part("DeepSpeed's reduce bucket", num_buckets * zero.reduce_bucket * in_bucket)
 
 
-def _optimizer_step(run: Run, *, torch_adam: bool) -> Iterator[Part]:
-    if run.zero.offloads_optimizer:
+def _optimizer_step(placement: Placement, *, torch_adam: bool) -> Iterator[Part]:
+    if placement.zero.offloads_optimizer:
         return
-    yield Part("optimizer's step: gradients in fp32", own_values(run) * WIDE_BYTES)
+    yield Part("optimizer's step: gradients in fp32", own_values(placement) * WIDE_BYTES)
     if torch_adam:
-        yield Part("optimizer's step: torch's workspace", 2 * own_values(run) * WIDE_BYTES)
+        yield Part("optimizer's step: torch's workspace", 2 * own_values(placement) * WIDE_BYTES)
 
 
-def _worst_moment(run: Run, timeline: Timeline) -> list[Part]:
+def _worst_instant(placement: Placement, timeline: Timeline) -> list[Part]:
     """Return what is held beside the rest when activations and gathered parameters together are most."""
-    loads = gathered_over_time(run, timeline)
+    loads = gathered_over_time(placement, timeline)
     pairs = [
-        max((moment.begins, load.while_gathering), (moment.peak, load.steady), key=sum)
-        for moment, load in zip(timeline.moments, loads, strict=True)
+        max((instant.begins, load.while_gathering), (instant.peak, load.steady), key=sum)
+        for instant, load in zip(timeline.instants, loads, strict=True)
     ]
     activations, gathered = max(pairs, key=sum)
     return [Part("activations, logits and loss", activations), Part("parameters gathered for the moment", gathered)]
 
 
-def gathered_over_time(run: Run, timeline: Timeline) -> Sequence[Load]:
+def gathered_over_time(placement: Placement, timeline: Timeline) -> Sequence[Load]:
     """Return what ZeRO-3 gathers at every moment; with one rank and below ZeRO-3 there is nothing to gather."""
-    if run.zero.stage != 3 or run.world_size == 1:
-        return [Load(0, 0)] * len(timeline.moments)
-    return list(follow(timeline.moments, _as_gathered(run), run.zero))
+    if placement.zero.stage != 3 or placement.world_size == 1:
+        return [Load(0, 0)] * len(timeline.instants)
+    return list(follow(timeline.instants, _as_gathered(placement), placement.zero))
 
 
-def _as_gathered(run: Run) -> Mapping[Use, Gathered]:
-    whole, (blocks, _) = {item.name for item in persistent(run)}, blocks_of(run.skeleton.model)
+def _as_gathered(placement: Placement) -> Mapping[Use, Gathered]:
+    whole, (blocks, _) = {item.name for item in persistent(placement)}, blocks_of(placement.skeleton.model)
     found = {}
-    for item in run.skeleton.parameters:
-        buffer_values = -(-item.num_values // run.world_size) * run.world_size
+    for item in placement.skeleton.parameters:
+        buffer_values = -(-item.num_values // placement.world_size) * placement.world_size
         persists = item.name in whole
         found[use_of(item.name, blocks)] = Gathered(item.num_values, buffer_values, item.value_bytes, persists)
     return found
@@ -187,5 +187,5 @@ def _as_gathered(run: Run) -> Mapping[Use, Gathered]:
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:
     """Return the bytes of a checkpoint on disk: the adapter, masters and moments; not the sample of the data."""
-    adapter = skeleton.num_bytes(Kind.START, Kind.TRAINED)
+    adapter = skeleton.num_bytes(Kind.INITIAL, Kind.TRAINED)
     return adapter + skeleton.count(Kind.TRAINED) * (MASTER_BYTES + ADAM_BYTES)

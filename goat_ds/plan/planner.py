@@ -12,7 +12,7 @@ import torch
 from goat_ds.base.inspect import Base
 from goat_ds.plan import loading
 from goat_ds.plan.loading import Decompositions
-from goat_ds.plan.memory import Memory, Place, Run, in_training
+from goat_ds.plan.memory import Memory, Place, Placement, in_training
 from goat_ds.plan.skeleton import Skeleton, build
 from goat_ds.plan.timeline import Timeline, record
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -124,9 +124,9 @@ class Planner:
         base = self.settings.base
         return base.is_4bit or base.config.dtype in (None, self.settings.dtype)
 
-    def run(self, world_size: int) -> Run:
+    def placement(self, world_size: int) -> Placement:
         """Return the run on so many ranks."""
-        return Run(self.skeleton, self.zero, world_size)
+        return Placement(self.skeleton, self.zero, world_size)
 
     def _timeline_of(self, kind: Checkpointing, num_tokens: int) -> Timeline:
         settings = self.settings
@@ -146,7 +146,7 @@ class Planner:
 
     def in_training(self, world_size: int) -> Memory:
         """Return what each of so many ranks holds at the worst moment of a step."""
-        return in_training(self.run(world_size), self.timeline, torch_adam=self.settings.engine.torch_adam)
+        return in_training(self.placement(world_size), self.timeline, torch_adam=self.settings.engine.torch_adam)
 
     def while_loading(self, world_size: int) -> Memory:
         """Return what each of so many ranks holds at the worst moments of loading."""
@@ -154,7 +154,7 @@ class Planner:
 
     def loading_phases(self, world_size: int) -> list[Memory]:
         """Return what each of so many ranks holds in each phase of loading."""
-        return loading.loading_phases(self.run(world_size), self.decompositions, is_mapped=self.is_mapped)
+        return loading.loading_phases(self.placement(world_size), self.decompositions, is_mapped=self.is_mapped)
 
     def _device_bytes(self, world_size: int) -> int:
         """Return the most a GPU holds, loading or training."""

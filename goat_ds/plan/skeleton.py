@@ -25,7 +25,7 @@ class Kind(Enum):
 
     BASE = auto()
     FOUR_BIT = auto()
-    START = auto()
+    INITIAL = auto()
     """Frozen tensors of the adapter."""
     TRAINED = auto()
 
@@ -172,7 +172,7 @@ def _held(model: nn.Module) -> Iterator[Held]:
         if parameter.requires_grad:
             kind = Kind.TRAINED
         elif "goat_experts" in name:
-            kind = Kind.START
+            kind = Kind.INITIAL
         else:
             kind = Kind.FOUR_BIT if id(parameter) in bytes_of_4bit else Kind.BASE
         yield Held(name, kind, parameter.numel(), parameter.element_size())

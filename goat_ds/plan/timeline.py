@@ -42,7 +42,7 @@ def use_of(path: str, blocks: str) -> Use:
     return Use(rest, int(block))
 
 
-class Moment(NamedTuple):
+class Instant(NamedTuple):
     """What is held from one border of a module to the next, without the model's parameters and their gradients."""
 
     begins: int
@@ -62,13 +62,13 @@ class Moment(NamedTuple):
 class Timeline:
     """The moments of one micro-batch, in order, and what is held between forward and backward."""
 
-    moments: tuple[Moment, ...]
+    instants: tuple[Instant, ...]
     kept: int
 
     @property
     def peak(self) -> int:
-        """Most bytes at any moment."""
-        return max(moment.peak for moment in self.moments)
+        """Most bytes at any instant."""
+        return max(instant.peak for instant in self.instants)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,7 +121,7 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, live: LiveBytes, blocks: str) -> None:
         self._live, self._blocks = live, blocks
-        self.moments: list[Moment] = []
+        self.instants: list[Instant] = []
         self._begun: tuple[int, bool, bool, str, tuple[str, ...]] = (0, False, False, "", ())
         # By the name that each has first: the parameters of tied modules are one.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -146,7 +146,7 @@ class _Recorder:
         begins, enters, backward, path, own = self._begun
         uses = tuple(self._use(name) for name in own)
         peak = self._live.take_peak()
-        self.moments.append(Moment(begins, peak, enters, backward, self._use(path), uses))
+        self.instants.append(Instant(begins, peak, enters, backward, self._use(path), uses))
 
     def _after_forward(self, path: str, own: tuple[str, ...]) -> Callable[..., None]:
         leave, enter_backward = self._noting(False, False, path, own), self._noting(True, True, path, own)
@@ -195,9 +195,9 @@ def record(
             kept = live.held
             loss.backward()
             recorder.end()
-    per_block = _kept_by_block(recorder.moments)
-    moments = _repeated(recorder.moments, num_more=num_blocks - NUM_BLOCKS_RUN, num_bytes=per_block)
-    return Timeline(tuple(moments), kept + max(0, num_blocks - NUM_BLOCKS_RUN) * per_block)
+    per_block = _kept_by_block(recorder.instants)
+    instants = _repeated(recorder.instants, num_more=num_blocks - NUM_BLOCKS_RUN, num_bytes=per_block)
+    return Timeline(tuple(instants), kept + max(0, num_blocks - NUM_BLOCKS_RUN) * per_block)
 
 
 def blocks_of(model: nn.Module) -> tuple[str, int]:
@@ -253,35 +253,35 @@ def _micro_batch(num_tokens: int, num_labels: int) -> MicroBatch:
     )
 
 
-def _kept_by_block(moments: Sequence[Moment]) -> int:
+def _kept_by_block(instants: Sequence[Instant]) -> int:
     """Return what the middle block keeps for its backward: what is held more when the last block begins."""
-    firsts = [next((m.begins for m in moments if m.module.block == block), 0) for block in (1, 2)]
+    firsts = [next((m.begins for m in instants if m.module.block == block), 0) for block in (1, 2)]
     return firsts[1] - firsts[0]
 
 
-def _repeated(moments: Sequence[Moment], *, num_more: int, num_bytes: int) -> Iterator[Moment]:
+def _repeated(instants: Sequence[Instant], *, num_more: int, num_bytes: int) -> Iterator[Instant]:
     """Let the middle block stand for itself and ``num_more`` others, each of which keeps ``num_bytes``."""
     num_more, above, times_seen = max(0, num_more), 0, 0
     last = NUM_BLOCKS_RUN - 1
-    for block, group in groupby(moments, key=lambda moment: moment.module.block):
+    for block, group in groupby(instants, key=lambda instant: instant.module.block):
         stretch = list(group)
         if block == 1 and num_more:
             # Forward the first time, backward the second.
             order = range(num_more + 1) if times_seen == 0 else range(num_more, -1, -1)
             for number in order:
-                yield from (_moved(moment, 1 + number, number * num_bytes) for moment in stretch)
+                yield from (_moved(instant, 1 + number, number * num_bytes) for instant in stretch)
             above = num_more * num_bytes if times_seen == 0 else 0
             times_seen += 1
         else:
             moved_to = last + num_more if block == last else block
-            yield from (_moved(moment, moved_to, above) for moment in stretch)
+            yield from (_moved(instant, moved_to, above) for instant in stretch)
 
 
-def _moved(moment: Moment, block: int | None, num_bytes: int) -> Moment:
-    parameters = tuple(use._replace(block=block) for use in moment.parameters)
-    return moment._replace(
-        peak=moment.peak + num_bytes,
-        begins=moment.begins + num_bytes,
-        module=moment.module._replace(block=block),
+def _moved(instant: Instant, block: int | None, num_bytes: int) -> Instant:
+    parameters = tuple(use._replace(block=block) for use in instant.parameters)
+    return instant._replace(
+        peak=instant.peak + num_bytes,
+        begins=instant.begins + num_bytes,
+        module=instant.module._replace(block=block),
         parameters=parameters,
     )

@@ -13,11 +13,11 @@ from goat_ds.errors import raised_everywhere
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import Inputs
 from goat_ds.train.resume import allow_or_refuse
-from goat_ds.tuner.fit_sums import static_config
+from goat_ds.tuner.fit_sums import dense_goat_config
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import engine as engines
 from goat_ds.zero.checkpoint import Checkpoint, stored_experts
-from goat_ds.zero.decompose import start_adapter
+from goat_ds.zero.decompose import init_adapter
 from goat_ds.zero.dense_finish import train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
 
@@ -36,10 +36,10 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
         quantization=config.quantization(),
         compute_precision=config.bnb_4bit_compute_dtype,
     )
-    is_static = checkpoint is not None and not checkpoint.is_routed
-    goat = static_config(config.goat()) if is_static else config.goat()
+    is_dense = checkpoint is not None and not checkpoint.is_routed
+    goat = dense_goat_config(config.goat()) if is_dense else config.goat()
     model = engines.attach_experts(base, goat, engine_config=engine_config)
-    report = start_adapter(
+    report = init_adapter(
         model,
         engines.ADAPTER_NAME,
         seed=config.seed,
@@ -55,7 +55,7 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
         say(str(held))
     engines.enable_checkpointing(model, config.gradient_checkpointing)
     schedule = schedule_of(config, num_steps=num_steps)
-    if is_static:
+    if is_dense:
         train_in_units_of_a(model)
     engine = engines.build_engine(model, engine_config=engine_config, schedule=schedule)
     if checkpoint:

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from goat_ds import demo
 from goat_ds.errors import ConfigError
 from goat_ds.method.scaling import Scaling
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.train.config import MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
 from goat_ds.tuner.config import Residual
 
@@ -65,9 +65,9 @@ def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
         yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
     if not theory and "eta" in given:
         yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
-    if config.init is Start.ZERO and "rho" in given:
+    if config.init is Init.ZERO and "rho" in given:
         yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
-    if config.init is Start.ZERO and "residual" in given and config.residual is Residual.FOLD:
+    if config.init is Init.ZERO and "residual" in given and config.residual is Residual.FOLD:
         yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
     for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
         if name in given and not config.load_in_4bit:

@@ -15,7 +15,7 @@ from goat_ds.data import DataFormat
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError
 from goat_ds.method.scaling import Scaling
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import BLOCK_SIZES, Packing
@@ -117,7 +117,7 @@ class TrainConfig:
     r: int = _flag(32, "total rank of a layer; every expert has r / num_experts")
     num_experts: int = _flag(8, "experts of a layer")
     top_k: int = _flag(2, "experts a token uses")
-    init: Start = _flag(Start.GOAT, "where in the spectrum the experts start")
+    init: Init = _flag(Init.GOAT, "where in the spectrum the experts start")
     scaling: Scaling = _flag(Scaling.THEORY, "formula of the scale s")
     eta: float = _flag(1.0, "ratio of the learning rates, full fine-tuning to LoRA (theory)")
     lora_alpha: float = _flag(64.0, "numerator of the scales alpha and rslora")

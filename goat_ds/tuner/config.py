@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from goat_ds.errors import raise_if_any
 from goat_ds.method.scaling import Scaling
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.fingerprint import BaseFingerprint
 
@@ -56,7 +56,7 @@ class GoatConfig(PeftConfig):
         layers_pattern: Name of the list of blocks, where PEFT does not guess it.
         base_quantization: How the base was quantised that the adapter was trained on, as
             ``quantized.BaseQuantization`` writes it; None: not at all. Recorded when experts start.
-        routed: False once the mixture was replaced by its static form, in which ``A`` serves every token without a
+        routed: False once the mixture was replaced by its dense form, in which ``A`` serves every token without a
             router (``method.dense_fit``): such an adapter is dense. It can be loaded but not started.
         base_fingerprint: The content of that base, as ``fingerprint.BaseFingerprint`` has it; None: unknown, as where
             it was stored in 4 bits. Recorded when experts start.
@@ -67,7 +67,7 @@ class GoatConfig(PeftConfig):
     r: int = 32
     num_experts: int = 8
     top_k: int = 2
-    init: Start = Start.GOAT
+    init: Init = Init.GOAT
     scaling: Scaling = Scaling.THEORY
     eta: float = 1.0
     lora_alpha: float = 64.0
@@ -95,14 +95,14 @@ class GoatConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = GoatPeftType.GOAT
         raise_if_any(self._problems())
-        self.init, self.scaling, self.residual = Start(self.init), Scaling(self.scaling), Residual(self.residual)
+        self.init, self.scaling, self.residual = Init(self.init), Scaling(self.scaling), Residual(self.residual)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _problems(self) -> Iterator[str]:
-        for name, values in (("init", Start), ("scaling", Scaling), ("residual", Residual)):
+        for name, values in (("init", Init), ("scaling", Scaling), ("residual", Residual)):
             if getattr(self, name) not in list(values):
                 yield f"{name} ({getattr(self, name)}) must be one of {', '.join(values)}"
         if not_numbers := list(self._not_numbers()):
@@ -126,7 +126,7 @@ class GoatConfig(PeftConfig):
             yield f"routed ({self.routed!r}) must be true or false"
         elif not self.routed and not self.deferred:
             yield "routed (False) is what a trained mixture becomes and cannot be started; use True"
-        if self.init == Start.ZERO and self.adaptive_scale:
+        if self.init == Init.ZERO and self.adaptive_scale:
             yield "adaptive_scale needs a start with singular values, and init is zero"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern is set and layers_to_transform is not"

@@ -1,4 +1,4 @@
-"""From routed experts to static ones: gather what the fit needs while a model runs, and make the layers that result.
+"""From routed experts to dense ones: gather what the fit needs while a model runs, and make the layers that result.
 
 The sums of a layer hold ``I x I`` numbers, so they are gathered for as many layers at a time as memory is allowed,
 and once for layers that see the same input, such as q, k and v.
@@ -15,56 +15,56 @@ import torch
 from torch import Tensor, nn
 
 from goat_ds.errors import ConfigError
-from goat_ds.method.dense_fit import Moments, add_input_moments_, mixture_moments
+from goat_ds.method.dense_fit import FitSums, add_input_sums_, mixture_sums
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.tuner.layer import GoatExperts
 
-MOMENTS_BYTES = 4 * 2**30
+FIT_SUMS_BYTES = 4 * 2**30
 """How much memory the sums of layers may take at a time; one input is always taken."""
 
 
-def static_config(config: GoatConfig) -> GoatConfig:
-    """Return the settings of the static form of an adapter."""
+def dense_goat_config(config: GoatConfig) -> GoatConfig:
+    """Return the settings of the dense form of an adapter."""
     values = config.to_dict() | {"routed": False, "deferred": True}
     return type(config)(**values)
 
 
-def moments_in_passes(
+def fit_sums_in_passes(
     layers: Mapping[str, GoatExperts],
     run: Callable[[], None],
     *,
-    max_bytes: int = MOMENTS_BYTES,
+    max_bytes: int = FIT_SUMS_BYTES,
     counts: Callable[[], bool] = lambda: True,
-) -> Iterator[dict[str, Moments]]:
-    """Yield the moments of all layers, some at a time; a yielded dictionary is emptied when the next is asked for.
+) -> Iterator[dict[str, FitSums]]:
+    """Yield the sums of all layers, some at a time; a yielded dictionary is emptied when the next is asked for.
 
     Args:
         layers: The routed experts by name.
         run: Runs the model over the tokens, without gradients. Called once for every yield, the same each time. Under
             ZeRO-3 it is a collective, and so is each yield.
-        max_bytes: What the moments of one pass may take, unless one input takes more.
+        max_bytes: What the sums of one pass may take, unless one input takes more.
         counts: Whether the tokens now in the layers count; those of a filler do not.
     """
     waiting = dict(layers)
     while waiting:
         with _gathering(waiting, max_bytes, counts) as gatherer:
             run()
-        if not gatherer.moments:
+        if not gatherer.sums:
             raise ConfigError(
-                f"no token passes through {', '.join(sorted(waiting)[:8])}, so they have no static form; put "
+                f"no token passes through {', '.join(sorted(waiting)[:8])}, so they have no dense form; put "
                 "layers that the model does not use in exclude_modules"
             )
-        for name in gatherer.moments:
+        for name in gatherer.sums:
             del waiting[name]
-        yield gatherer.moments
-        gatherer.moments.clear()
+        yield gatherer.sums
+        gatherer.sums.clear()
 
 
 class _Gatherer:
-    """Adds up moments in the order in which layers run; layers that no longer fit wait for another pass."""
+    """Adds up sums in the order in which layers run; layers that no longer fit wait for another pass."""
 
     def __init__(self, max_bytes: int, counts: Callable[[], bool]) -> None:
-        self.moments: dict[str, Moments] = {}
+        self.sums: dict[str, FitSums] = {}
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._counts = counts
         self._left_out: set[str] = set()
@@ -85,18 +85,18 @@ class _Gatherer:
         if not shares or self._x_TI is None:
             self._x_TI = self._real_tokens(x.detach().reshape(-1, x.shape[-1]), experts)
         x_TI = self._x_TI
-        if name not in self.moments:
+        if name not in self.sums:
             self._make_place(name, x_TI, experts)
         elif self._reader_of[name] != self._reader:
             raise AssertionError(f"{name} shared its input with {self._reader_of[name]}, and does not any more")
-        moments = self.moments[name]
+        sums = self.sums[name]
         if not shares or self._reader == name:
-            add_input_moments_(moments.xx_II, x_TI)
-        hx_RI, hh_RR, gates_E = mixture_moments(x_TI, experts.factors(), experts.settings())
-        moments.hx_RI += hx_RI
-        moments.hh_RR += hh_RR
-        moments.gates_E += gates_E
-        moments.num_tokens += len(x_TI)
+            add_input_sums_(sums.xx_II, x_TI)
+        hx_RI, hh_RR, gates_E = mixture_sums(x_TI, experts.factors(), experts.settings())
+        sums.hx_RI += hx_RI
+        sums.hh_RR += hh_RR
+        sums.gates_E += gates_E
+        sums.num_tokens += len(x_TI)
 
     def _real_tokens(self, x_TI: Tensor, experts: GoatExperts) -> Tensor:
         """Return the tokens that count, in fp32 or better: widened once for all layers that see them."""
@@ -107,23 +107,23 @@ class _Gatherer:
         return wide_TI if mask_T is None else wide_TI[mask_T.bool()]
 
     def _has_place(self, name: str, experts: GoatExperts) -> bool:
-        if name in self.moments or self._reader in self.moments:
+        if name in self.sums or self._reader in self.sums:
             return True
         if self._left_out:
             # In order, so that layers with the same input are in the same pass.
             return False
-        return not self.moments or self._num_bytes + 4 * experts.in_features**2 <= self._max_bytes
+        return not self.sums or self._num_bytes + 4 * experts.in_features**2 <= self._max_bytes
 
     def _make_place(self, name: str, x_TI: Tensor, experts: GoatExperts) -> None:
         size_i, size_r = experts.in_features, experts.config.r
         zeros = partial(torch.zeros, dtype=x_TI.dtype, device=x_TI.device)
-        if self._reader in self.moments:
-            xx_II = self.moments[self._reader].xx_II
+        if self._reader in self.sums:
+            xx_II = self.sums[self._reader].xx_II
         else:
             xx_II = zeros(size_i, size_i)
             self._num_bytes += xx_II.numel() * xx_II.element_size()
         self._reader_of[name] = self._reader
-        self.moments[name] = Moments(
+        self.sums[name] = FitSums(
             xx_II=xx_II,
             hx_RI=zeros(size_r, size_i),
             hh_RR=zeros(size_r, size_r),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, MergeError
-from goat_ds.method.input_gradient import GradientTogether, gradient_together
+from goat_ds.method.input_gradient import SummedGradient, sum_gradients
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal
 from goat_ds.method.scaling import adaptive_scales, expert_scale
@@ -24,7 +24,7 @@ from goat_ds.method.spectrum import (
     chosen_indices,
     decompose,
     factors_from,
-    zero_start,
+    zero_init,
 )
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, weight_of_4bit
@@ -102,7 +102,7 @@ class GoatExperts(nn.Module):
             directions: Of the base weight at ``indices()``; None for ``init="zero"``.
         """
         if directions is None:
-            factors = zero_start(
+            factors = zero_init(
                 out_features=self.out_features,
                 in_features=self.in_features,
                 r=self.config.r,
@@ -134,10 +134,10 @@ class GoatExperts(nn.Module):
         return self.config.residual is Residual.FOLD and self.A0 is not None
 
     def become_static(self, config: GoatConfig) -> None:
-        """Let the router go; ``A`` must be given its static form.
+        """Let the router go; ``A`` must be given its dense form.
 
         Args:
-            config: The ``tuner.fit_sums.static_config`` of the adapter's own, the same object for all its layers.
+            config: The ``tuner.fit_sums.dense_goat_config`` of the adapter's own, the same object for all its layers.
         """
         self.router, self.config = None, config
 
@@ -160,7 +160,7 @@ class GoatExperts(nn.Module):
         *,
         is_active: bool = True,
         into_base: bool = False,
-        together: GradientTogether | None = None,
+        summed: SummedGradient | None = None,
     ) -> Tensor:
         """Return the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
 
@@ -169,7 +169,7 @@ class GoatExperts(nn.Module):
             base: What the base layer, and adapters before this one, made of it.
             is_active: Whether this adapter counts.
             into_base: Whether the result may take the place of ``base`` in memory.
-            together: What takes this adapter's part of the gradient of ``x``, if not autograd.
+            summed: What takes this adapter's part of the gradient of ``x``, if not autograd.
         """
         if not is_active:
             return base + self._start_of(x) if self.folded else base
@@ -189,7 +189,7 @@ class GoatExperts(nn.Module):
                 signal=self.signal,
                 dropout_seed=self._dropout_seed(),
                 into_base=into_base,
-                together=together,
+                summed=summed,
             )
         if output.load is not None:
             self.signal.record(self.name, output.load, coef=self._balance_coef())
@@ -257,7 +257,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 class GoatLayer(nn.Module, BaseTunerLayer):
     """A frozen ``nn.Linear`` or ``Conv1D`` and the GOAT adapters on it.
 
-    Adapters that are active together add up, each with its own router.
+    Adapters that are active summed add up, each with its own router.
     """
 
     adapter_layer_names = ("goat_experts",)
@@ -355,18 +355,18 @@ class GoatLayer(nn.Module, BaseTunerLayer):
         is_plain = self._is_plain
         is_shared = is_plain and not self._is_watched_backward and any(is_active for _, is_active in used)
         is_shared = is_shared and x.requires_grad and torch.is_grad_enabled()
-        x_of_base, together = gradient_together(x) if is_shared else (x, None)
+        x_of_base, summed = sum_gradients(x) if is_shared else (x, None)
         result: Tensor = self.base_layer(x_of_base, *args, **kwargs)
         if not result.requires_grad:
-            together = None
+            summed = None
         # Under ZeRO-3 DeepSpeed hooks every layer, and the sum is written beside the base's output.
         into_base = is_plain and not self._is_watched
         for experts, is_active in used:
             # Under ZeRO-3 DeepSpeed's function on every input would be given zeros where the gradient goes elsewhere.
-            x_seen = x.detach() if is_active and together is not None else x
+            x_seen = x.detach() if is_active and summed is not None else x
             # A hook on the experts is given the base's output as well.
             is_unseen = into_base and not experts._forward_hooks
-            result = experts(x_seen, result, is_active=is_active, into_base=is_unseen, together=together)
+            result = experts(x_seen, result, is_active=is_active, into_base=is_unseen, summed=summed)
             into_base = False
         return result
 

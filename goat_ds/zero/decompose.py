@@ -42,7 +42,7 @@ from goat_ds.zero.waves import cost_of, waves
 CACHE_VERSION = 2
 
 
-class StartReport(NamedTuple):
+class InitReport(NamedTuple):
     """What starting an adapter took.
 
     ``num_layers`` were started, ``num_cached`` of them from the cache; ``cost_share`` is this rank's share of the
@@ -75,7 +75,7 @@ class Received(NamedTuple):
     weight_OI: Tensor | None
 
 
-class StartValues(NamedTuple):
+class InitValues(NamedTuple):
     """An adapter's tensors at the start, in the order of its parameters, and whether the cache knew the directions.
 
     ``bytes_N`` is the packed weight where it becomes 4-bit, ``sample`` what the layer adds to the base's fingerprint.
@@ -102,7 +102,7 @@ class StoredExperts(NamedTuple):
         return [self.tensors[f"{item.path}.goat_{name}"] for name, _ in item.experts.named_parameters()]
 
 
-def start_adapter(
+def init_adapter(
     model: Any,
     adapter_name: str,
     *,
@@ -110,7 +110,7 @@ def start_adapter(
     cache: Path | None,
     recipe: Recipe | None = None,
     stored: StoredExperts | None = None,
-) -> StartReport:
+) -> InitReport:
     """Fill a deferred adapter from the model's weights, which may be sharded, and make them 4-bit. A collective.
 
     The random parts (routers, and ``A`` of ``init="zero"``) are drawn per layer from ``seed``, so they do not depend
@@ -135,7 +135,7 @@ def start_adapter(
         received = _receive_mine(wave)
         known = _fill_from_stored(wave, stored) if stored else None
         # A rank that fails here would leave the others waiting for its factors.
-        mine = ranks.agree(partial(_start_values, received, known, seed=seed, cache=cache))
+        mine = ranks.agree(partial(_init_values, received, known, seed=seed, cache=cache))
         # The next wave brings the next weight; a rank never holds two.
         del received
         cached += mine is not None and mine.from_cache
@@ -153,7 +153,7 @@ def start_adapter(
     total = ranks.sum_over_ranks(torch.tensor([cached, own]))
     share = own / float(total[1]) if total[1] else 0.0
     num_started = sum(work.item is not None for work in works)
-    return StartReport(num_started, int(total[0]), share, time.monotonic() - began)
+    return InitReport(num_started, int(total[0]), share, time.monotonic() - began)
 
 
 def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
@@ -220,16 +220,16 @@ def _fill_from_stored(wave: Wave, stored: StoredExperts) -> list[Tensor] | None:
     return mine
 
 
-def _start_values(
+def _init_values(
     received: Received | None, known: list[Tensor] | None, *, seed: int, cache: Path | None
-) -> StartValues | None:
+) -> InitValues | None:
     """Compute a layer's tensors at the start, whole, or take the known ones; None for a rank without a layer."""
     if received is None:
         return None
     work, weight_OI = received
     if work.item is None:
         assert weight_OI is not None and work.packing is not None
-        return StartValues([], False, pack(weight_OI, work.packing), None)
+        return InitValues([], False, pack(weight_OI, work.packing), None)
     experts = work.item.experts
     directions, from_cache = None, False
     if known is None and weight_OI is not None and experts.config.init.decomposes:
@@ -258,14 +258,14 @@ def _start_values(
             # The weight is a copy of this rank's own, and has given its directions.
             whole.add_residual_(weight_OI, times=-1)
         bytes_N = pack(weight_OI, work.packing)
-    return StartValues([parameter.detach() for parameter in whole.parameters()], from_cache, bytes_N, sample)
+    return InitValues([parameter.detach() for parameter in whole.parameters()], from_cache, bytes_N, sample)
 
 
 def _hand_out(
     model: Any,
     work: Work,
     owner: int,
-    mine: StartValues | None,
+    mine: InitValues | None,
     adapter_name: str,
     recipe: Recipe | None,
 ) -> None:

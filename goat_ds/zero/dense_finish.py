@@ -1,10 +1,10 @@
 """Make routed experts dense in the middle of a run, and train on.
 
-Tokens of the latest batches give every layer its least-squares static form (``method.dense_fit``): ``A'`` takes the
+Tokens of the latest batches give every layer its least-squares dense form (``method.dense_fit``): ``A'`` takes the
 place of ``A``, the router leaves, and what is left is a plain low-rank adapter. The optimizer goes on where it was:
 
     routed   h = g(x) ∘ A x     gradient of A  = Σ_t g δ xᵀ     E[g] = 1/E
-    static   h = A' x           gradient of A' = Σ_t δ xᵀ       A' ≈ E[g] ∘ A
+    dense    h = A' x           gradient of A' = Σ_t δ xᵀ       A' ≈ E[g] ∘ A
 
 So the gradient of ``A'`` is E times that of ``A``. Left so, it would dominate the norm that is clipped, and ``B`` would
 all but stop; and the moments of ``A`` would be far too small for it. It is therefore divided by E, as if ``E A'`` were
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, TrainingError
-from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, Moments, fit_static, is_finite
-from goat_ds.tuner.fit_sums import moments_in_passes, static_config
+from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, FitSums, fit_dense, is_finite
+from goat_ds.tuner.fit_sums import dense_goat_config, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import engine as engines
@@ -45,7 +45,7 @@ class Finish(NamedTuple):
     """What a dense finish was made from, and what it costs.
 
     ``num_tokens`` were seen by the fit. ``unexplained_mean`` and
-    ``unexplained_max`` are, over layers, the mean square of what the static form misses of the experts' output, as a
+    ``unexplained_max`` are, over layers, the mean square of what the dense form misses of the experts' output, as a
     share of that output's own. ``seconds`` passed until every rank was done.
     """
 
@@ -95,7 +95,7 @@ def finish_densely(
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> Finish:
-    """Return the model of an engine its static form and to a new engine, which goes on training. A collective.
+    """Return the model of an engine its dense form and to a new engine, which goes on training. A collective.
 
     Args:
         engine: Between two steps; of no use afterwards.
@@ -156,7 +156,7 @@ def _widest(model: PeftModel) -> int:
 
 
 def train_in_units_of_a(model: PeftModel) -> None:
-    """Divide the gradient of every layer's static ``A'`` by E, from here on; for a model without an engine."""
+    """Divide the gradient of every layer's dense ``A'`` by E, from here on; for a model without an engine."""
     for item in named_experts(model, engines.ADAPTER_NAME):
         item.experts.A.register_hook(partial(torch.mul, other=1 / item.experts.config.num_experts))
 
@@ -172,13 +172,13 @@ def _fit_all(
     owners: dict[str, int] = {}
     mine: dict[str, _Dense] = {}
     num_tokens = 0
-    for moments in moments_in_passes(layers, run, counts=counts):
+    for fit_sums in fit_sums_in_passes(layers, run, counts=counts):
         here: dict[str, tuple[TensorState, TensorState, Tensor | None]] = {}
-        for names in _by_input(moments):
+        for names in _by_input(fit_sums):
             owner = busy.index(min(busy))
             busy[owner] += len(names) * float(layers[names[0]].in_features) ** 3
-            _add_up_on(owner, [moments[name] for name in names])
-            num_tokens = max(num_tokens, moments[names[0]].num_tokens)
+            _add_up_on(owner, [fit_sums[name] for name in names])
+            num_tokens = max(num_tokens, fit_sums[names[0]].num_tokens)
             for name in names:
                 owners[name] = owner
                 experts = layers[name]
@@ -186,26 +186,26 @@ def _fit_all(
                 if owner == ranks.get_rank():
                     here[name] = states
         # A rank that fails here would leave the others waiting.
-        mine |= ranks.agree(partial(_fit_here, here, moments))
+        mine |= ranks.agree(partial(_fit_here, here, fit_sums))
     return _Kept(owners, mine, num_tokens)
 
 
-def _by_input(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
-    """Yield the layers that share an input, and so its moments."""
+def _by_input(fit_sums: Mapping[str, FitSums]) -> Iterator[list[str]]:
+    """Yield the layers that share an input, and so its fit_sums."""
     sharing: dict[int, list[str]] = defaultdict(list)
-    for name, layer_moments in moments.items():
-        sharing[id(layer_moments.xx_II)].append(name)
+    for name, layer_sums in fit_sums.items():
+        sharing[id(layer_sums.xx_II)].append(name)
     yield from sharing.values()
 
 
-def _add_up_on(owner: int, moments: list[Moments]) -> None:
-    """Add moments of layers with one input up over all ranks, for one of them; the count for all. A collective."""
-    num_tokens = int(ranks.sum_over_ranks(torch.tensor(moments[0].num_tokens)))
-    torch.distributed.reduce(moments[0].xx_II, dst=owner)
-    for layer_moments in moments:
-        for sums in (layer_moments.hx_RI, layer_moments.hh_RR, layer_moments.gates_E):
-            torch.distributed.reduce(sums, dst=owner)
-        layer_moments.num_tokens = num_tokens
+def _add_up_on(owner: int, fit_sums: list[FitSums]) -> None:
+    """Add the sums of layers with one input up over all ranks, for one of them; the count for all. A collective."""
+    num_tokens = int(ranks.sum_over_ranks(torch.tensor(fit_sums[0].num_tokens)))
+    torch.distributed.reduce(fit_sums[0].xx_II, dst=owner)
+    for layer_sums in fit_sums:
+        for part in (layer_sums.hx_RI, layer_sums.hh_RR, layer_sums.gates_E):
+            torch.distributed.reduce(part, dst=owner)
+        layer_sums.num_tokens = num_tokens
 
 
 def _own_scales(experts: GoatExperts) -> Tensor | None:
@@ -217,15 +217,15 @@ def _own_scales(experts: GoatExperts) -> Tensor | None:
 
 
 def _fit_here(
-    here: Mapping[str, tuple[TensorState, TensorState, Tensor | None]], moments: Mapping[str, Moments]
+    here: Mapping[str, tuple[TensorState, TensorState, Tensor | None]], fit_sums: Mapping[str, FitSums]
 ) -> dict[str, _Dense]:
-    if wrong := [name for name in here if not is_finite(moments[name])]:
+    if wrong := [name for name in here if not is_finite(fit_sums[name])]:
         raise TrainingError(f"dense finish: {', '.join(wrong[:8])} computed values that are not finite")
-    return {name: _dense(*states, moments[name]) for name, states in here.items()}
+    return {name: _dense(*states, fit_sums[name]) for name, states in here.items()}
 
 
-def _dense(a: TensorState, b: TensorState, scale_R: Tensor | None, moments: Moments) -> _Dense:
-    fit = fit_static(a.master, b.master if scale_R is None else b.master * scale_R, moments)
+def _dense(a: TensorState, b: TensorState, scale_R: Tensor | None, fit_sums: FitSums) -> _Dense:
+    fit = fit_dense(a.master, b.master if scale_R is None else b.master * scale_R, fit_sums)
     return _Dense(_on_host(a._replace(master=fit.a_RI.float())), _on_host(b), fit.unexplained)
 
 
@@ -235,7 +235,7 @@ def _on_host(state: TensorState) -> TensorState:
 
 def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
     configs: dict[str, Any] = model.peft_config
-    config = configs[engines.ADAPTER_NAME] = static_config(configs[engines.ADAPTER_NAME])
+    config = configs[engines.ADAPTER_NAME] = dense_goat_config(configs[engines.ADAPTER_NAME])
     for experts in layers.values():
         experts.become_static(config)
 

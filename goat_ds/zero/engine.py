@@ -147,7 +147,7 @@ def load_base(
         precision: Dtype of the weights.
         attention: Settled attention code.
         engine_config: The filled DeepSpeed config.
-        quantization: How ``zero.decompose.start_adapter`` will make it 4-bit; None: not at all.
+        quantization: How ``zero.decompose.init_adapter`` will make it 4-bit; None: not at all.
         compute_precision: Dtype that stored 4-bit weights are multiplied in; ``precision`` by default.
     """
     # What an earlier engine of this process told transformers must not shard this base.
@@ -182,7 +182,7 @@ def load_base(
 
 
 def attach_experts(model: Any, goat: GoatConfig, *, engine_config: dict[str, Any]) -> PeftModel:
-    """Put empty experts on the base, sharded at birth under ZeRO-3; ``zero.decompose.start_adapter`` fills them."""
+    """Put empty experts on the base, sharded at birth under ZeRO-3; ``zero.decompose.init_adapter`` fills them."""
     with partition.partitioned_at_birth(engine_config, stage=ds_config.stage(engine_config)):
         # Experts in fp32 on a bf16 base would be gathered into one buffer of the wrong dtype; masters are fp32 anyway.
         return get_peft_model(model, _deferred(goat), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds import GoatConfig
 from goat_ds.tuner.base_quantization import layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint
-from goat_ds.tuner.fit_sums import static_config
+from goat_ds.tuner.fit_sums import dense_goat_config
 from goat_ds.tuner.layer import GoatLayer
 from goat_ds.tuner.model import named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack
@@ -112,7 +112,7 @@ def needing_code(base: Path, ran: Path) -> Path:
 def become_static(routed: peft.PeftModel) -> None:
     """Leave an adapter as a dense finish does: without routers, and saying so."""
     configs: dict[str, Any] = routed.peft_config
-    configs["default"] = static_config(configs["default"])
+    configs["default"] = dense_goat_config(configs["default"])
     for item in named_experts(routed, "default"):
         item.experts.become_static(configs["default"])
 

@@ -21,7 +21,7 @@ from goat_ds.data.sample import SAMPLE_FEATURES, SAMPLE_NAME, Sample, load_sampl
 from goat_ds.export import Fit, Fitting, MergeBase, export_dense, export_lora, fit, read_adapter, refine
 from goat_ds.export.calibration import packs_of
 from goat_ds.export.stored_base import find_base
-from goat_ds.export.trained import STATIC, load_trained
+from goat_ds.export.trained import DENSE, load_trained
 from goat_ds.method.spectrum import Factors
 from goat_ds.tuner.model import named_experts
 from tests.export.conftest import (
@@ -40,7 +40,7 @@ from tests.launching import run_ranks
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-DENSE = [name for name in ARCHITECTURES if name != "mixtral"]
+MERGEABLE = [name for name in ARCHITECTURES if name != "mixtral"]
 
 
 def documents(num_documents: int, *, seed: int) -> Dataset:
@@ -116,7 +116,7 @@ def slow_forms(trained: Trained) -> dict[str, Tensor]:
 def test_the_fit_is_least_squares_on_what_each_layer_sees(
     tmp_path: Path, kept: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "fit_static", partial(fit.fit_static, ridge=1e-9))
+    monkeypatch.setattr(fit, "fit_dense", partial(fit.fit_dense, ridge=1e-9))
     export_dense(kept.adapter, output=tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_layers_that_do_not_fit_into_memory_are_fitted_in_passes(kept: Trained) 
         torch.testing.assert_close(found, in_passes[path], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize("architecture", MERGEABLE)
 def test_dense_and_lora_load_with_plain_libraries_and_agree(tmp_path: Path, architecture: str) -> None:
     trained = train(tmp_path, architecture)
     keep_sample(trained.adapter)
@@ -261,7 +261,7 @@ def test_a_disk_without_room_is_found_before_anything_is_fitted(
     tmp_path: Path, kept: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("goat_ds.export.folder.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(fit, "fit_static", None)
+    monkeypatch.setattr(fit, "fit_dense", None)
     with pytest.raises(ExportError, match=r"output \(.*\) needs [\d.]+ GiB, and its disk has 0.00 GiB left"):
         export_dense(kept.adapter, output=tmp_path / "out")
 
@@ -314,8 +314,8 @@ def test_refinement_follows_the_mean_divergence_at_labels_and_that_at_other_posi
     packs = packs_of(sample.calibration, base, max_length=sample.max_length)
     batch = next(row for row in packs.micro_batches(shared=False) if len(row.label_index))
     others = torch.arange(2)
-    model.set_static({path: Factors(e.A.detach() / 4, e.B.detach()) for path, e in model.experts().items()})
-    factors = [factor for experts in model.experts(STATIC).values() for factor in (experts.A, experts.B)]
+    model.set_dense({path: Factors(e.A.detach() / 4, e.B.detach()) for path, e in model.experts().items()})
+    factors = [factor for experts in model.experts(DENSE).values() for factor in (experts.A, experts.B)]
     kl = refine._gradients(model, batch, others, factors)
     found = [factor.grad for factor in factors]
     for factor in factors:
@@ -326,7 +326,7 @@ def test_refinement_follows_the_mean_divergence_at_labels_and_that_at_other_posi
         return torch.log_softmax(output.logits[0], dim=-1)
 
     wanted = log_probs().detach()
-    with model.computing_with(STATIC):
+    with model.computing_with(DENSE):
         for factor in factors:
             factor.requires_grad_(True)
         kl_T = (wanted.exp() * (wanted - log_probs())).sum(-1)
@@ -412,10 +412,8 @@ def test_an_output_layer_is_fitted_on_every_label_and_other_layers_on_every_toke
     trained = train(tmp_path, "llama", target_modules=["lm_head", "q_proj"])
     keep_sample(trained.adapter)
     counts: list[int] = []
-    real = fit.fit_static
-    monkeypatch.setattr(
-        fit, "fit_static", lambda a, b, moments: counts.append(moments.num_tokens) or real(a, b, moments)
-    )
+    real = fit.fit_dense
+    monkeypatch.setattr(fit, "fit_dense", lambda a, b, sums: counts.append(sums.num_tokens) or real(a, b, sums))
     export_dense(trained.adapter, output=tmp_path / "out")
     assert counts == [40 * 20, 40 * 20, 40 * 8]
 

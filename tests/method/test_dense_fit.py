@@ -1,11 +1,11 @@
-"""The static form is the best linear one: what the fit says equals slow least squares, and identities hold."""
+"""The dense form is the best linear one: what the fit says equals slow least squares, and identities hold."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from goat_ds.method import dense_fit
-from goat_ds.method.dense_fit import Moments, add_input_moments_, fit_static, mean_gates_form, mixture_moments
+from goat_ds.method.dense_fit import FitSums, add_input_sums_, fit_dense, mean_gates_form, mixture_sums
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal
 from tests import reference
@@ -25,12 +25,12 @@ def layer(seed: int = 0) -> tuple[Tensor, MixtureFactors]:
     return x_TI, MixtureFactors(a_RI=draw(R, IN), b_OR=draw(OUT, R), router_EI=draw(E, IN) / 10)
 
 
-def moments_of(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings = SETTINGS) -> Moments:
-    hx_RI, hh_RR, gates_E = mixture_moments(x_TI, factors, settings)
+def sums_of(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings = SETTINGS) -> FitSums:
+    hx_RI, hh_RR, gates_E = mixture_sums(x_TI, factors, settings)
     xx_II = torch.zeros(IN, IN, dtype=x_TI.dtype)
     for part_TI in x_TI.split(NUM_TOKENS // 2):
-        add_input_moments_(xx_II, part_TI)
-    return Moments(xx_II, hx_RI, hh_RR, gates_E, len(x_TI))
+        add_input_sums_(xx_II, part_TI)
+    return FitSums(xx_II, hx_RI, hh_RR, gates_E, len(x_TI))
 
 
 def slow_activations(x_TI: Tensor, factors: MixtureFactors) -> Tensor:
@@ -44,22 +44,22 @@ def slow_activations(x_TI: Tensor, factors: MixtureFactors) -> Tensor:
 def test_without_a_ridge_the_fit_is_that_of_least_squares() -> None:
     x_TI, factors = layer()
     expected_IR = torch.linalg.lstsq(x_TI, slow_activations(x_TI, factors)).solution
-    fit = fit_static(factors.a_RI, factors.b_OR, moments_of(x_TI, factors), ridge=0.0)
+    fit = fit_dense(factors.a_RI, factors.b_OR, sums_of(x_TI, factors), ridge=0.0)
     torch.testing.assert_close(fit.a_RI, expected_IR.T, rtol=1e-8, atol=1e-10)
 
 
 def test_a_sum_that_takes_several_pieces_is_that_of_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_fit, "ROWS_AT_ONCE", 3)
     x_TI, xx_II = draw(NUM_TOKENS, IN), torch.zeros(IN, IN, dtype=torch.float64)
-    dense_fit.add_input_moments_(xx_II, x_TI)
+    dense_fit.add_input_sums_(xx_II, x_TI)
     torch.testing.assert_close(xx_II.tril(), (x_TI.T @ x_TI).tril())
 
 
 def test_what_is_unexplained_is_what_the_outputs_miss() -> None:
     x_TI, factors = layer()
-    h_TR, moments = slow_activations(x_TI, factors), moments_of(x_TI, factors)
-    fit, output_TO = fit_static(factors.a_RI, factors.b_OR, moments), h_TR @ factors.b_OR.T
-    for a_RI, told in ((fit.a_RI, fit.unexplained), (mean_gates_form(factors.a_RI, moments), fit.unexplained_by_mean)):
+    h_TR, sums = slow_activations(x_TI, factors), sums_of(x_TI, factors)
+    fit, output_TO = fit_dense(factors.a_RI, factors.b_OR, sums), h_TR @ factors.b_OR.T
+    for a_RI, told in ((fit.a_RI, fit.unexplained), (mean_gates_form(factors.a_RI, sums), fit.unexplained_by_mean)):
         missed_TO = output_TO - x_TI @ a_RI.T @ factors.b_OR.T
         assert told == pytest.approx(float((missed_TO**2).sum() / (output_TO**2).sum()), rel=1e-9)
     assert fit.unexplained < fit.unexplained_by_mean
@@ -67,16 +67,16 @@ def test_what_is_unexplained_is_what_the_outputs_miss() -> None:
 
 def test_a_strong_ridge_leaves_the_mean_gates() -> None:
     x_TI, factors = layer()
-    moments = moments_of(x_TI, factors)
-    fit = fit_static(factors.a_RI, factors.b_OR, moments, ridge=1e15)
-    torch.testing.assert_close(fit.a_RI, mean_gates_form(factors.a_RI, moments), rtol=1e-9, atol=1e-12)
+    sums = sums_of(x_TI, factors)
+    fit = fit_dense(factors.a_RI, factors.b_OR, sums, ridge=1e15)
+    torch.testing.assert_close(fit.a_RI, mean_gates_form(factors.a_RI, sums), rtol=1e-9, atol=1e-12)
 
 
 def test_a_router_that_gives_every_token_the_same_gates_loses_nothing() -> None:
     x_TI, factors = layer()
     factors = factors._replace(router_EI=torch.zeros(E, IN, dtype=torch.float64))
     settings = MixtureSettings(num_experts=E, top_k=E, scale=1.5, balance_coef=0.0)
-    fit = fit_static(factors.a_RI, factors.b_OR, moments_of(x_TI, factors, settings))
+    fit = fit_dense(factors.a_RI, factors.b_OR, sums_of(x_TI, factors, settings))
     torch.testing.assert_close(fit.a_RI, factors.a_RI / E, rtol=1e-10, atol=1e-12)
     assert fit.unexplained < 1e-12 and fit.unexplained_by_mean < 1e-12
 
@@ -84,9 +84,9 @@ def test_a_router_that_gives_every_token_the_same_gates_loses_nothing() -> None:
 def test_a_feature_that_is_always_zero_keeps_its_mean_gates() -> None:
     x_TI, factors = layer()
     x_TI[:, 3] = 0
-    moments = moments_of(x_TI, factors)
-    fit = fit_static(factors.a_RI, factors.b_OR, moments)
-    torch.testing.assert_close(fit.a_RI[:, 3], mean_gates_form(factors.a_RI, moments)[:, 3])
+    sums = sums_of(x_TI, factors)
+    fit = fit_dense(factors.a_RI, factors.b_OR, sums)
+    torch.testing.assert_close(fit.a_RI[:, 3], mean_gates_form(factors.a_RI, sums)[:, 3])
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

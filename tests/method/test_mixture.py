@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from goat_ds.method.dropout import dropout_mask, kept_share
-from goat_ds.method.input_gradient import GradientTogether, gradient_together
+from goat_ds.method.input_gradient import SummedGradient, sum_gradients
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal, carry_balance
 from tests import reference
@@ -242,7 +242,7 @@ def small_layer(
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x_of_base, together = gradient_together(x) if in_place else (x, None)
+    x_of_base, summed = sum_gradients(x) if in_place else (x, None)
     base = x_of_base @ weight.T
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = mixture(
@@ -253,7 +253,7 @@ def small_layer(
             signal=BalanceSignal(),
             dropout_seed=dropout_seed,
             into_base=in_place,
-            together=together,
+            summed=summed,
         )
     assert (y.data_ptr() == base.data_ptr()) == in_place
     factors = sum(tensor.untyped_storage().nbytes() for tensor in tensors[1:])
@@ -307,8 +307,8 @@ def test_on_cuda_one_product_gives_activations_and_logits_in_fp32() -> None:
 
 
 def test_a_part_of_the_gradient_is_added_once_and_forgotten() -> None:
-    together, part, grad = GradientTogether(), draw(5, IN), torch.zeros(5, IN, dtype=torch.float64)
-    together.put(1, part)
-    together.added_to_(grad)
-    together.added_to_(grad)
+    summed, part, grad = SummedGradient(), draw(5, IN), torch.zeros(5, IN, dtype=torch.float64)
+    summed.put(1, part)
+    summed.added_to_(grad)
+    summed.added_to_(grad)
     assert torch.equal(grad, part)

@@ -8,10 +8,10 @@ from torch import Tensor
 from goat_ds.errors import ConfigError
 from goat_ds.method import spectrum
 from goat_ds.method.scaling import adaptive_scales
-from goat_ds.method.spectrum import Start, chosen_indices, decompose, factors_from, zero_start
+from goat_ds.method.spectrum import Init, chosen_indices, decompose, factors_from, zero_init
 from tests import reference
 
-DECOMPOSING = [start for start in Start if start.decomposes]
+DECOMPOSING = [init for init in Init if init.decomposes]
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (24, 24), "indivisible": (27, 29)}
 SCALE, RHO = 1.7, 10.0
 
@@ -28,7 +28,7 @@ def weight_of(shape: tuple[int, int], *, rank: int | None = None) -> Tensor:
     )
 
 
-def products(weight: Tensor, start: Start, *, num_experts: int, r: int, adaptive: bool = False) -> list[Tensor]:
+def products(weight: Tensor, start: Init, *, num_experts: int, r: int, adaptive: bool = False) -> list[Tensor]:
     """Give every expert's s_e B0_e A0_e as the package makes them."""
     indices_ED = chosen_indices(start, num_directions=min(weight.shape), num_experts=num_experts, r=r)
     directions = decompose(weight, indices_ED)
@@ -42,7 +42,7 @@ def products(weight: Tensor, start: Start, *, num_experts: int, r: int, adaptive
 
 @pytest.mark.parametrize("start", DECOMPOSING)
 @pytest.mark.parametrize(("q", "num_experts", "r"), [(24, 4, 8), (27, 4, 8), (24, 3, 6), (24, 1, 4), (16, 8, 16)])
-def test_every_start_takes_the_directions_of_the_table(start: Start, q: int, num_experts: int, r: int) -> None:
+def test_every_start_takes_the_directions_of_the_table(start: Init, q: int, num_experts: int, r: int) -> None:
     indices_ED = chosen_indices(start, num_directions=q, num_experts=num_experts, r=r)
     assert indices_ED.tolist() == reference.segment_indices(start, q=q, num_experts=num_experts, r=r)
 
@@ -50,7 +50,7 @@ def test_every_start_takes_the_directions_of_the_table(start: Start, q: int, num
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("start", DECOMPOSING)
-def test_factors_multiply_to_the_segments_of_the_spectrum(start: Start, shape: str, adaptive: bool) -> None:
+def test_factors_multiply_to_the_segments_of_the_spectrum(start: Init, shape: str, adaptive: bool) -> None:
     weight = weight_of(SHAPES[shape])
     expected, scales = reference.start_products(
         weight, start, num_experts=4, r=8, scale=SCALE, rho=RHO, adaptive=adaptive
@@ -62,15 +62,15 @@ def test_factors_multiply_to_the_segments_of_the_spectrum(start: Start, shape: s
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_directions_are_orthonormal(shape: str) -> None:
-    indices_ED = chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=24, num_experts=4, r=8)
     u_OR, _, v_RI = decompose(weight_of(SHAPES[shape]), indices_ED)
     torch.testing.assert_close(u_OR.T @ u_OR, torch.eye(8, dtype=torch.float64))
     torch.testing.assert_close(v_RI @ v_RI.T, torch.eye(8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("start", [Start.GOAT, Start.GOAT_MINI, Start.MILORA])
-def test_a_rank_deficient_weight_still_gives_its_segments(start: Start, shape: str) -> None:
+@pytest.mark.parametrize("start", [Init.GOAT, Init.GOAT_MINI, Init.MILORA])
+def test_a_rank_deficient_weight_still_gives_its_segments(start: Init, shape: str) -> None:
     weight = weight_of(SHAPES[shape], rank=9)
     expected, _ = reference.start_products(weight, start, num_experts=4, r=8, scale=SCALE, rho=RHO, adaptive=False)
     for product, unscaled in zip(products(weight, start, num_experts=4, r=8), expected, strict=True):
@@ -80,8 +80,8 @@ def test_a_rank_deficient_weight_still_gives_its_segments(start: Start, shape: s
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30])
 def test_a_weight_of_any_size_gives_finite_factors(factor: float) -> None:
     weight = weight_of((24, 40)) * factor
-    found = products(weight, Start.GOAT, num_experts=4, r=8)
-    plain = products(weight_of((24, 40)), Start.GOAT, num_experts=4, r=8)
+    found = products(weight, Init.GOAT, num_experts=4, r=8)
+    plain = products(weight_of((24, 40)), Init.GOAT, num_experts=4, r=8)
     for product, unscaled in zip(found, plain, strict=True):
         torch.testing.assert_close(product, unscaled * factor, rtol=1e-9, atol=0.0)
 
@@ -89,15 +89,15 @@ def test_a_weight_of_any_size_gives_finite_factors(factor: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_low_precision_weight_is_decomposed_as_exactly_as_its_values(dtype: torch.dtype) -> None:
     weight = weight_of((24, 40)).to(dtype)
-    found = products(weight, Start.GOAT, num_experts=4, r=8)
-    for product, exact in zip(found, products(weight.double(), Start.GOAT, num_experts=4, r=8), strict=True):
+    found = products(weight, Init.GOAT, num_experts=4, r=8)
+    for product, exact in zip(found, products(weight.double(), Init.GOAT, num_experts=4, r=8), strict=True):
         torch.testing.assert_close(product, exact, rtol=0.0, atol=0.0)
 
 
 def test_a_steep_spectrum_is_as_accurate_as_an_svd_in_double_precision() -> None:
     u, _, vh = torch.linalg.svd(weight_of((24, 40)), full_matrices=False)
     weight = u @ torch.diag(torch.logspace(0, -12, 24, dtype=torch.float64)) @ vh
-    indices_ED = chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=24, num_experts=4, r=8)
     u_OR, s_R, v_RI = decompose(weight, indices_ED)
     torch.testing.assert_close(u_OR.T @ weight @ v_RI.T, torch.diag(s_R), rtol=1e-6, atol=1e-14)
 
@@ -185,12 +185,12 @@ def test_a_larger_weight_is_accurate_by_either_kind_of_eigenvectors(
     take(route, monkeypatch)
     monkeypatch.setattr(spectrum, "_decompose_by_svd", None)
     weight = with_spectrum(torch.logspace(0, -6, 640), shape).float()
-    indices_ED = chosen_indices(Start.GOAT, num_directions=640, num_experts=8, r=32)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=640, num_experts=8, r=32)
     assert_accurate(weight, decompose(weight, indices_ED), indices_ED, at_most=1e-6)
 
 
 def test_a_well_conditioned_weight_needs_no_svd(whole_svds: list[tuple[int, ...]]) -> None:
-    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=Q, num_experts=4, r=8)
     for name in ("even", "condition 1e6", "one outlier", "tiny"):
         decompose(with_spectrum(SPECTRA[name], (24, 40)), indices_ED)
     assert not whole_svds
@@ -203,7 +203,7 @@ def test_where_squaring_costs_too_many_digits_the_svd_is_taken(
 ) -> None:
     take(route, monkeypatch)
     weight = with_spectrum(SPECTRA[name], (24, 40))
-    indices_ED = chosen_indices(Start.MILORA, num_directions=Q, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.MILORA, num_directions=Q, num_experts=4, r=8)
     found = decompose(weight, indices_ED)
     assert whole_svds == [(24, 40)]
     assert_accurate(weight, found, indices_ED, at_most=1e-12)
@@ -226,7 +226,7 @@ def test_eigenvectors_that_are_wrong_are_not_used(
 
     monkeypatch.setattr(spectrum, "_some_eigenpairs", found)
     weight = with_spectrum(SPECTRA["even"], (40, 24))
-    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=Q, num_experts=4, r=8)
     assert_accurate(weight, decompose(weight, indices_ED), indices_ED, at_most=1e-12)
     assert whole_svds == [(40, 24)]
 
@@ -236,7 +236,7 @@ def test_eigenvectors_that_are_wrong_are_not_used(
 def test_the_same_weight_gives_the_same_bits(route: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take(route, monkeypatch)
     weight = with_spectrum(SPECTRA[name], (24, 40)).bfloat16()
-    indices_ED = chosen_indices(Start.GOAT, num_directions=Q, num_experts=4, r=8)
+    indices_ED = chosen_indices(Init.GOAT, num_directions=Q, num_experts=4, r=8)
     first = decompose(weight, indices_ED)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, decompose(weight.clone(), indices_ED), strict=True))
@@ -256,17 +256,17 @@ def test_directions_come_in_the_order_they_are_asked_for_whatever_the_strides(in
 def test_a_segment_shorter_than_an_expert_is_refused_with_both_numbers() -> None:
     words = r"24 x 24 has segments of 6 directions \(num_experts 4\), fewer than r / num_experts \(7\)"
     with pytest.raises(ConfigError, match=words):
-        chosen_indices(Start.GOAT, num_directions=24, num_experts=4, r=28)
+        chosen_indices(Init.GOAT, num_directions=24, num_experts=4, r=28)
 
 
 def test_a_zero_start_takes_no_directions() -> None:
     with pytest.raises(ValueError, match="start 'zero' takes no directions"):
-        chosen_indices(Start.ZERO, num_directions=24, num_experts=4, r=8)
+        chosen_indices(Init.ZERO, num_directions=24, num_experts=4, r=8)
 
 
 def test_a_zero_start_draws_a_within_its_bounds_and_b_as_zero() -> None:
     torch.manual_seed(0)
-    a_RI, b_OR = zero_start(
+    a_RI, b_OR = zero_init(
         out_features=6, in_features=64, r=32, dtype=torch.float32, device=torch.device("cpu")
     )  # fmt: skip
     bound = 64**-0.5

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from goat_ds.distributed import ranks
-from goat_ds.plan.memory import Run, checkpoint_bytes, optimizer, weights
+from goat_ds.plan.memory import Placement, checkpoint_bytes, optimizer, weights
 from goat_ds.train.build import build
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
@@ -22,7 +22,7 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     join_ranks(config, timeout_minutes=5)
     Path(folder).mkdir(exist_ok=True)
     planner = planner_of(read_inputs(config, world_size=ranks.get_world_size()))
-    parts = planned(planner.run(ranks.get_world_size()))
+    parts = planned(planner.placement(ranks.get_world_size()))
     engine = build(read_inputs(config), num_steps=100)
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
@@ -40,10 +40,12 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     ranks.leave()
 
 
-def planned(run: Run) -> dict[str, int]:
+def planned(placement: Placement) -> dict[str, int]:
     """Give what was planned of a new engine, in which nothing has been gathered yet."""
-    of_model = sum(part.num_bytes for part in weights(run) if "whole" not in part.name and "buffers" not in part.name)
-    of_engine = {part.name: part.num_bytes for part in optimizer(run)}
+    of_model = sum(
+        part.num_bytes for part in weights(placement) if "whole" not in part.name and "buffers" not in part.name
+    )
+    of_engine = {part.name: part.num_bytes for part in optimizer(placement)}
     return {
         "weights": of_model,
         "masters": of_engine["master weights, fp32"],

@@ -146,7 +146,7 @@ def test_decompositions_are_foretold_by_the_best_of_two_trials_of_a_large_weight
 
 def test_a_checkpoint_is_the_adapter_and_12_bytes_a_trained_value(tmp_path: Path) -> None:
     skeleton = planner(tmp_path).skeleton
-    trained, start = skeleton.count(Kind.TRAINED), skeleton.count(Kind.START)
+    trained, start = skeleton.count(Kind.TRAINED), skeleton.count(Kind.INITIAL)
     assert checkpoint_bytes(skeleton) == 14 * trained + 2 * start
 
 

@@ -13,7 +13,7 @@ from goat_ds.base.inspect import inspect
 from goat_ds.data import MicroBatch, label_loss_sum
 from goat_ds.plan.gathering import Gathered, follow
 from goat_ds.plan.skeleton import build
-from goat_ds.plan.timeline import LiveBytes, Moment, Use, record
+from goat_ds.plan.timeline import Instant, LiveBytes, Use, record
 from goat_ds.zero import sizes
 from goat_ds.zero.engine import Checkpointing, enable_checkpointing
 from goat_ds.zero.sizes import ZeroSizes
@@ -72,13 +72,13 @@ NAMES = [Use(name, None) for name in "abc"]
 def step_through(zero: ZeroSizes, *, persistent: bool = False) -> list[tuple[int, int]]:
     """Go forward through three layers of 100 values, then backward."""
     there = [(True, False, name) for name in NAMES], [(True, True, name) for name in reversed(NAMES)]
-    moments = []
+    instants = []
     for enters, backward, name in [*there[0], *there[1]]:
-        moments.append(Moment(0, 0, enters, backward, name, (name,)))
+        instants.append(Instant(0, 0, enters, backward, name, (name,)))
         if not backward:
-            moments.append(Moment(0, 0, False, False, name, (name,)))
+            instants.append(Instant(0, 0, False, False, name, (name,)))
     parameters = {name: Gathered(100, 100, 2, persistent) for name in NAMES}
-    return [tuple(load) for load in follow(moments, parameters, zero)]  # type: ignore[misc]
+    return [tuple(load) for load in follow(instants, parameters, zero)]  # type: ignore[misc]
 
 
 def test_layers_are_whole_one_at_a_time_where_nothing_is_kept_or_asked_for_ahead() -> None:

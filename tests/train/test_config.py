@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.train.cli import parse
 from goat_ds.train.config import Schedule, TrainConfig
 from goat_ds.train.environment import build_locks, settle_ranks
@@ -23,7 +23,7 @@ from goat_ds.zero.ds_config import Precision
 
 def test_flags_become_settings_of_the_right_kind() -> None:
     config = parse(["--r", "16", "--init", "pissa", "--learning_rate", "1e-3", "--dry_run", "--no_packing"])
-    assert (config.r, config.init, config.learning_rate) == (16, Start.PISSA, 1e-3)
+    assert (config.r, config.init, config.learning_rate) == (16, Init.PISSA, 1e-3)
     assert config.dry_run and not config.packing
     assert parse([]).precision is Precision.BF16
 
@@ -38,7 +38,7 @@ def test_the_command_line_wins_over_the_yaml_file(tmp_path: Path) -> None:
     path.write_text("r: 16\nlearning_rate: 1e-3\ndata: [a.jsonl, b.jsonl]\npacking: false\ninit: pissa\n")
     from_file = parse(["--config", str(path)])
     assert (from_file.r, from_file.learning_rate, from_file.data) == (16, 1e-3, ["a.jsonl", "b.jsonl"])
-    assert not from_file.packing and from_file.init is Start.PISSA
+    assert not from_file.packing and from_file.init is Init.PISSA
     overruled = parse([f"--config={path}", "--r", "32", "--data", "c.jsonl", "--packing", "true"])
     assert (overruled.r, overruled.data, overruled.packing) == (32, ["c.jsonl"], True)
 

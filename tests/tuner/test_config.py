@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from goat_ds import ConfigError, GoatConfig
 from goat_ds.method.scaling import Scaling
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.tuner.config import Residual
 
 EVERYTHING = GoatConfig(
@@ -25,7 +25,7 @@ def test_a_config_comes_back_from_disk_as_it_was_but_deferred(tmp_path: Path) ->
     assert isinstance(loaded, GoatConfig)
     assert loaded.deferred
     assert loaded.to_dict() == EVERYTHING.to_dict()
-    assert (loaded.init, loaded.scaling, loaded.residual) == (Start.PISSA, Scaling.RSLORA, Residual.FOLD)
+    assert (loaded.init, loaded.scaling, loaded.residual) == (Init.PISSA, Scaling.RSLORA, Residual.FOLD)
 
 
 def test_a_saved_config_is_plain_json_that_names_the_method(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_saved_config_is_plain_json_that_names_the_method(tmp_path: Path) -> N
 def test_a_config_survives_pickling() -> None:
     copied = pickle.loads(pickle.dumps(EVERYTHING))
     assert copied == EVERYTHING
-    assert copied.init is Start.PISSA
+    assert copied.init is Init.PISSA
 
 
 def test_all_problems_of_a_config_come_in_one_message() -> None:

@@ -1,4 +1,4 @@
-"""What the static form needs is gathered from real tokens, once for layers that see the same input."""
+"""What the dense form needs is gathered from real tokens, once for layers that see the same input."""
 
 from functools import partial
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from goat_ds import ConfigError, GoatConfig
-from goat_ds.method.dense_fit import Moments
-from goat_ds.tuner.fit_sums import moments_in_passes
+from goat_ds.method.dense_fit import FitSums
+from goat_ds.tuner.fit_sums import fit_sums_in_passes
 from goat_ds.tuner.model import named_experts
 from tests.models import causal_lm, token_ids
 
@@ -22,17 +22,17 @@ def routed() -> Any:
     return peft.get_peft_model(causal_lm(), config, autocast_adapter_dtype=False).eval()
 
 
-def moments_of(model: Any, **inputs: Any) -> dict[str, Moments]:
+def sums_of(model: Any, **inputs: Any) -> dict[str, FitSums]:
     layers = {item.path: item.experts for item in named_experts(model, "default")}
-    (moments,) = [dict(found) for found in moments_in_passes(layers, partial(model, **inputs))]
-    return moments
+    (sums,) = [dict(found) for found in fit_sums_in_passes(layers, partial(model, **inputs))]
+    return sums
 
 
 def test_padding_is_not_counted() -> None:
     model, ids = routed(), token_ids(2, 12)
     padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.int64)], dim=1)
     mask = torch.cat([torch.ones(2, 12), torch.zeros(2, 3)], dim=1).long()
-    alone, beside = moments_of(model, input_ids=ids), moments_of(model, input_ids=padded, attention_mask=mask)
+    alone, beside = sums_of(model, input_ids=ids), sums_of(model, input_ids=padded, attention_mask=mask)
     assert alone.keys() == beside.keys()
     for path, own in alone.items():
         assert own.num_tokens == beside[path].num_tokens == 24
@@ -50,8 +50,8 @@ def test_tokens_that_do_not_count_leave_no_trace() -> None:
         for tokens, counting in ((token_ids(1, 2, seed=1), False), (token_ids(1, 9), True)):  # noqa: B007
             model(input_ids=tokens)
 
-    (found,) = [dict(some) for some in moments_in_passes(layers, run, counts=lambda: counting)]
-    for path, expected in moments_of(model, input_ids=token_ids(1, 9)).items():
+    (found,) = [dict(some) for some in fit_sums_in_passes(layers, run, counts=lambda: counting)]
+    for path, expected in sums_of(model, input_ids=token_ids(1, 9)).items():
         assert found[path].num_tokens == expected.num_tokens == 9
         for one, other in zip(vars(found[path]).values(), vars(expected).values(), strict=True):
             torch.testing.assert_close(one, other)
@@ -61,12 +61,12 @@ def test_a_layer_that_no_token_reaches_is_named() -> None:
     model = routed()
     layers = {item.path: item.experts for item in named_experts(model, "default")}
     with pytest.raises(ConfigError, match=r"no token passes through .*q_proj.*; put layers that"):
-        list(moments_in_passes(layers, lambda: None))
+        list(fit_sums_in_passes(layers, lambda: None))
 
 
 def test_layers_with_the_same_input_hold_its_sum_once() -> None:
-    moments = moments_of(routed(), input_ids=token_ids(1, 12))
-    sums = {path.removeprefix("base_model.model.model.layers.0."): own.xx_II for path, own in moments.items()}
+    sums = sums_of(routed(), input_ids=token_ids(1, 12))
+    sums = {path.removeprefix("base_model.model.model.layers.0."): own.xx_II for path, own in sums.items()}
     q, k, v, gate, up = (
         sums[name] for name in (*(f"self_attn.{n}_proj" for n in "qkv"), "mlp.gate_proj", "mlp.up_proj")
     )
@@ -77,7 +77,7 @@ def test_layers_with_the_same_input_hold_its_sum_once() -> None:
 
 def test_gathering_leaves_no_hook_behind() -> None:
     model = routed()
-    moments_of(model, input_ids=token_ids(1, 12))
+    sums_of(model, input_ids=token_ids(1, 12))
     assert not any(item.experts._forward_pre_hooks for item in named_experts(model, "default"))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds import ConfigError, GoatConfig, MergeError
-from goat_ds.method.spectrum import Start
+from goat_ds.method.spectrum import Init
 from goat_ds.tuner.layer import GoatLayer
 from tests import reference
 from tests.models import causal_lm, sequence_classifier, token_ids
@@ -34,9 +34,9 @@ def draw_input(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("init", [start for start in Start if start.decomposes])
+@pytest.mark.parametrize("init", [init for init in Init if init.decomposes])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_uniform_gates_at_the_start_reproduce_the_base_layer(kind: str, init: Start, adaptive: bool) -> None:
+def test_uniform_gates_at_the_start_reproduce_the_base_layer(kind: str, init: Init, adaptive: bool) -> None:
     layer = nn.Linear(24, 40) if kind == "linear" else Conv1D(40, 24)
     plain, adapted = one_layer(layer, init=init, top_k=4, adaptive_scale=adaptive)
     adapted.goat_experts["default"].router.data.zero_()

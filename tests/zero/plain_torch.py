@@ -48,7 +48,7 @@ def start_as_the_run_did(model: Any, config: TrainConfig, weight_of: Callable[[s
     for work in decompose._works(model, "default", None):
         assert work.item is not None
         received = decompose.Received(work, weight_of(work.path.removeprefix("base_model.model.")))
-        start = decompose._start_values(received, None, seed=config.seed, cache=Path(config.svd_cache))
+        start = decompose._init_values(received, None, seed=config.seed, cache=Path(config.svd_cache))
         assert start is not None and start.from_cache
         for parameter, value in zip(work.item.experts.parameters(), start.values, strict=True):
             parameter.data.copy_(value)

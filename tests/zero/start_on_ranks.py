@@ -36,7 +36,7 @@ def main() -> None:
     )
     model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
     held = watch_whole_weights()
-    report = decompose.start_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
+    report = decompose.init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
     factors = {}
     for item in named_experts(model, engines.ADAPTER_NAME):
         with partition.gathered(item.experts.parameters()):

@@ -166,7 +166,7 @@ def test_another_weight_or_start_is_another_entry(tmp_path: Path) -> None:
     weight, experts = one_layer()
     decompose.directions_of(weight, experts, cache=tmp_path)
     assert not decompose.directions_of(weight + 1e-6, experts, cache=tmp_path)[1]
-    experts.config.init = spectrum.Start.PISSA
+    experts.config.init = spectrum.Init.PISSA
     assert not decompose.directions_of(weight, experts, cache=tmp_path)[1]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from goat_ds import ConfigError, GoatConfig, demo
 from goat_ds.data import BatchPlan
 from goat_ds.export import export_exact, read_adapter
-from goat_ds.method.dense_fit import Moments
+from goat_ds.method.dense_fit import FitSums
 from goat_ds.train.data import num_tokens_until
 from goat_ds.tuner.model import named_experts
 from goat_ds.zero import dense_finish
@@ -162,8 +162,8 @@ def test_adam_goes_on_with_the_moments_that_a_and_b_had() -> None:
     a, b = (TensorState(*(torch.rand(shape) for _ in range(3)), num_steps=7) for shape in ((4, 6), (5, 4)))
     h_TR = tokens_TI @ a.master.T / num_experts
     xx_II, hx_RI, hh_RR = tokens_TI.T @ tokens_TI, h_TR.T @ tokens_TI, h_TR.T @ h_TR
-    moments = Moments(xx_II, hx_RI, hh_RR, torch.full((num_experts,), 25.0), len(tokens_TI))
-    dense = dense_finish._dense(a, b, None, moments)
+    fit_sums = FitSums(xx_II, hx_RI, hh_RR, torch.full((num_experts,), 25.0), len(tokens_TI))
+    dense = dense_finish._dense(a, b, None, fit_sums)
     torch.testing.assert_close(dense.a.master, a.master / num_experts)
     for found, kept in (
         (dense.a.exp_avg, a.exp_avg),
