@@ -66,7 +66,6 @@ def row_of(num_tokens: int, vocabulary: int) -> MicroBatch:
         position_ids=torch.arange(num_tokens)[None],
         labels=labels,
         label_index=(labels[0] != IGNORE).nonzero()[:, 0],
-        num_documents=1,
         num_tokens=num_tokens,
         is_filler=False,
     )

@@ -173,7 +173,6 @@ def micro_batch(num_tokens: int) -> MicroBatch:
         position_ids=torch.cat([torch.arange(half) for half in halves])[None],
         labels=row,
         label_index=torch.arange(num_tokens),
-        num_documents=2,
         num_tokens=num_tokens,
         is_filler=False,
     )

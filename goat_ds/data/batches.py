@@ -32,8 +32,6 @@ class MicroBatch(NamedTuple):
     """``[1, T]``, already shifted: the target of each position, or ``IGNORE``."""
     label_index: Tensor
     """``[L]``, the positions that have a target, ascending: what ``logits_to_keep`` takes."""
-    num_documents: int
-    """0 in a filler."""
     num_tokens: int
     """Tokens of real documents: T, or 0 in a filler."""
     is_filler: bool
@@ -143,7 +141,6 @@ def micro_batch_of(dataset: Dataset, rows: Sequence[int]) -> MicroBatch:
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         labels=labels[None],
         label_index=(labels != IGNORE).nonzero()[:, 0],
-        num_documents=len(rows),
         num_tokens=sum(lengths),
         is_filler=False,
     )
@@ -162,7 +159,6 @@ def filler() -> MicroBatch:
         position_ids=torch.arange(2)[None],
         labels=torch.full((1, 2), IGNORE),
         label_index=torch.empty(0, dtype=torch.int64),
-        num_documents=0,
         num_tokens=0,
         is_filler=True,
     )

@@ -30,12 +30,11 @@ class Gates(NamedTuple):
 class RouterLoad(NamedTuple):
     """What one router did with one micro-batch, detached.
 
-    ``share_E`` is the share of all choices that went to each expert (sums to 1), ``prob_E`` the mean probability,
-    ``entropy`` the mean entropy of the probabilities in nats, ``balance_loss`` is ``L_b`` (1 when balanced).
+    ``share_E`` is the share of all choices that went to each expert (sums to 1), ``entropy`` the mean entropy of the
+    probabilities in nats, ``balance_loss`` is ``L_b`` (1 when balanced).
     """
 
     share_E: Tensor
-    prob_E: Tensor
     entropy: Tensor
     balance_loss: Tensor
 
@@ -122,7 +121,7 @@ def router_load(gates: Gates, *, top_k: int, mask_T: Tensor | None) -> RouterLoa
     # 0 log 0 is 0.
     log_probs_TE = probs_TE.clamp_min(torch.finfo(probs_TE.dtype).tiny).log_()
     entropy = -(weight_T @ log_probs_TE.mul_(probs_TE)).sum()
-    return RouterLoad(share_E, prob_E, entropy, balance_loss=len(share_E) * (share_E @ prob_E))
+    return RouterLoad(share_E, entropy, balance_loss=len(share_E) * (share_E @ prob_E))
 
 
 def real_token_weights(probs_TE: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -247,7 +247,6 @@ def _micro_batch(num_tokens: int, num_labels: int) -> MicroBatch:
         position_ids=row.clone(),
         labels=row.clone(),
         label_index=torch.arange(num_labels),
-        num_documents=1,
         num_tokens=num_tokens,
         is_filler=False,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -52,6 +52,28 @@ POLYNOMIAL_END = 1e-7
 
 MIN_TIMEOUT_MINUTES, MAX_TIMEOUT_MINUTES = 0.1, 100_000.0
 """A shorter wait than six seconds would end runs on a busy machine; what libraries count waits in is finite."""
+
+RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("micro_batch_size", "grad_accum_steps", "log_steps", "router_log_steps"), lambda n: n >= 1, "at least 1"),
+    (("bnb_4bit_blocksize",), lambda n: n in BLOCK_SIZES, f"one of {', '.join(map(str, BLOCK_SIZES))}"),
+    (
+        (
+            *("max_steps", "warmup_steps", "eval_steps", "save_steps", "save_total_limit", "calibration_sample_tokens"),
+            *("weight_decay", "max_grad_norm", "seed"),
+        ),
+        lambda n: n >= 0,
+        "at least 0",
+    ),
+    (("learning_rate", "adam_eps"), lambda n: n > 0, "above 0"),
+    (
+        ("timeout_minutes",),
+        lambda n: MIN_TIMEOUT_MINUTES <= n <= MAX_TIMEOUT_MINUTES,
+        f"in [{MIN_TIMEOUT_MINUTES}, {MAX_TIMEOUT_MINUTES}]",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda n: 0 <= n < 1, "in [0, 1)"),
+    (("max_length",), lambda n: n >= 2, "at least 2"),
+)
+"""Settings, what their values must be, and how that is said."""
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -257,39 +279,29 @@ class TrainConfig:
             self.goat()
         except ConfigError as error:
             yield from error.problems
+        yield from self._absent(required)
+        yield from self._out_of_range()
+        yield from self._schedule_problems()
+        yield from self._finish_problems()
+        if self.eval_steps and not self.eval_data and not self.is_demo:
+            yield f"eval_steps ({self.eval_steps}) is set and eval_data is not"
+
+    def _absent(self, required: Sequence[str]) -> Iterator[str]:
         if self.ds_config is None:
             yield "ds_config is required, for example --ds_config ds_configs/zero3.json"
-        for name in ("micro_batch_size", "grad_accum_steps", "log_steps", "router_log_steps"):
-            if getattr(self, name) < 1:
-                yield f"{name} ({getattr(self, name)}) must be at least 1"
         if not self.is_demo:
             for name in required:
                 if not getattr(self, name):
                     yield f"{name} is required; only the embedded demo (no model, no data) has one of its own"
-        if self.bnb_4bit_blocksize not in BLOCK_SIZES:
-            yield f"bnb_4bit_blocksize ({self.bnb_4bit_blocksize}) must be one of {', '.join(map(str, BLOCK_SIZES))}"
-        not_negative = (
-            "max_steps",
-            "warmup_steps",
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-            "calibration_sample_tokens",
-        )
-        for name in (*not_negative, "weight_decay", "max_grad_norm", "seed"):
-            if (getattr(self, name) or 0) < 0:
-                yield f"{name} ({getattr(self, name)}) must be at least 0"
-        for name in ("learning_rate", "adam_eps"):
-            if not getattr(self, name) > 0:
-                yield f"{name} ({getattr(self, name)}) must be above 0"
-        if not MIN_TIMEOUT_MINUTES <= self.timeout_minutes <= MAX_TIMEOUT_MINUTES:
-            bounds = f"[{MIN_TIMEOUT_MINUTES}, {MAX_TIMEOUT_MINUTES}]"
-            yield f"timeout_minutes ({self.timeout_minutes}) must be in {bounds}"
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
-        if self.max_length < 2:
-            yield f"max_length ({self.max_length}) must be at least 2"
+
+    def _out_of_range(self) -> Iterator[str]:
+        for names, is_right, rule in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_right(value):
+                    yield f"{name} ({value}) must be {rule}"
+
+    def _schedule_problems(self) -> Iterator[str]:
         if self.max_steps == 0 and not self.num_epochs > 0:
             yield f"num_epochs ({self.num_epochs}) must be above 0 when max_steps is 0"
         if self.lr_scheduler is Schedule.CONSTANT and self.warmup_steps:
@@ -300,9 +312,6 @@ class TrainConfig:
             yield f"learning_rate ({self.learning_rate}) must be above {POLYNOMIAL_END}, where polynomial ends"
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
-        yield from self._finish_problems()
-        if self.eval_steps and not self.eval_data and not self.is_demo:
-            yield f"eval_steps ({self.eval_steps}) is set and eval_data is not"
 
     def _finish_problems(self) -> Iterator[str]:
         if not 0 <= self.dense_finish < 1:

@@ -158,51 +158,18 @@ class GoatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, GoatLayer) else target
-        if not _is_linear(base):
-            self._misfits.append(
-                f"target_modules: {current_key} is a {type(base).__name__}; only nn.Linear and Conv1D can be adapted"
-            )
-            return
-        if is_8bit(base):
-            self._misfits.append(
-                f"{current_key} is 8-bit (LLM.int8()), which experts cannot start from; load the base in 4 bits, or "
-                "unquantised"
-            )
-            return
-        if is_4bit(base) and peft_config.residual is Residual.FOLD:
-            self._misfits.append(
-                f"{current_key} is 4-bit already, and residual (fold) cannot be subtracted from it; use "
-                "residual='lowrank', or export an adapter that was trained so with launch/export.py --mode exact"
-            )
-            return
-        if isinstance(parent, nn.MultiheadAttention):
-            self._misfits.append(
-                f"target_modules: {current_key} is read by nn.MultiheadAttention without being called, so experts on "
-                "it would do nothing; put it in exclude_modules"
-            )
-            return
-        out_features, in_features = linear_shape(base)
-        problem = segment_problem(
-            out_features=out_features, in_features=in_features, num_experts=peft_config.num_experts, r=peft_config.r
-        )
-        if problem and peft_config.init.decomposes:
-            self._misfits.append(f"{current_key}: {problem}; lower r, or put it in exclude_modules")
-            return
-        folds = peft_config.residual is Residual.FOLD and peft_config.init.decomposes
-        if folds and (shared := self._shares_weight(base)):
-            self._misfits.append(
-                f"{current_key}: its weight is also that of {shared}, which residual (fold) would change; use "
-                "residual='lowrank', or put it in exclude_modules"
-            )
+        if misfit := next(self._misfits_of(base, parent, current_key, peft_config), None):
+            self._misfits.append(misfit)
             return
         if isinstance(target, GoatLayer):
             layer = target
         else:
             layer = GoatLinear(target)
             self._replace_module(parent, target_name, layer, target)
+        out_features, in_features = linear_shape(base)
         experts = GoatExperts(
             peft_config,
-            name=f"{current_key}" if adapter_name == "default" else f"{current_key}.{adapter_name}",
+            name=current_key if adapter_name == "default" else f"{current_key}.{adapter_name}",
             in_features=in_features,
             out_features=out_features,
             like=_like(base),
@@ -212,6 +179,39 @@ class GoatModel(BaseTuner):
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
             experts.requires_grad_(False)
+
+    def _misfits_of(self, base: nn.Module, parent: nn.Module, path: str, config: Any) -> Iterator[str]:
+        """Yield why a layer cannot have experts, what rules out most first; what follows need not make sense."""
+        if not _is_linear(base):
+            yield f"target_modules: {path} is a {type(base).__name__}; only nn.Linear and Conv1D can be adapted"
+        if is_8bit(base):
+            yield (
+                f"{path} is 8-bit (LLM.int8()), which experts cannot start from; load the base in 4 bits, or "
+                "unquantised"
+            )
+        if is_4bit(base) and config.residual is Residual.FOLD:
+            yield (
+                f"{path} is 4-bit already, and residual (fold) cannot be subtracted from it; use residual='lowrank', "
+                "or export an adapter that was trained so with launch/export.py --mode exact"
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            yield (
+                f"target_modules: {path} is read by nn.MultiheadAttention without being called, so experts on it would "
+                "do nothing; put it in exclude_modules"
+            )
+        if not config.init.decomposes:
+            return
+        out_features, in_features = linear_shape(base)
+        problem = segment_problem(
+            out_features=out_features, in_features=in_features, num_experts=config.num_experts, r=config.r
+        )
+        if problem:
+            yield f"{path}: {problem}; lower r, or put it in exclude_modules"
+        if config.residual is Residual.FOLD and (shared := self._shares_weight(base)):
+            yield (
+                f"{path}: its weight is also that of {shared}, which residual (fold) would change; use "
+                "residual='lowrank', or put it in exclude_modules"
+            )
 
     def _shares_weight(self, layer: nn.Module) -> str | None:
         """Name another module that holds the same weight, such as an embedding tied to the head."""

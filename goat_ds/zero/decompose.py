@@ -45,13 +45,11 @@ CACHE_VERSION = 2
 class InitReport(NamedTuple):
     """What starting an adapter took.
 
-    ``num_layers`` were started, ``num_cached`` of them from the cache; ``cost_share`` is this rank's share of the
-    decomposition work, ``seconds`` the time until every rank was done.
+    ``num_layers`` were started, ``num_cached`` of them from the cache; ``seconds`` passed until all ranks were done.
     """
 
     num_layers: int
     num_cached: int
-    cost_share: float
     seconds: float
 
 
@@ -127,9 +125,8 @@ def init_adapter(
     """
     began = time.monotonic()
     works = list(_works(model, adapter_name, recipe and recipe.quantization))
-    costs = {work.path: _cost(work) for work in works}
     samples: dict[str, LayerSample] = {}
-    cached = own = 0.0
+    num_cached = 0
     bar = tqdm(total=len(works), desc="GOAT start", unit="layer", disable=not ranks.is_first())
     for wave in waves(works, cost=_cost, world_size=ranks.get_world_size()):
         received = _receive_mine(wave)
@@ -138,10 +135,9 @@ def init_adapter(
         mine = ranks.agree(partial(_init_values, received, known, seed=seed, cache=cache))
         # The next wave brings the next weight; a rank never holds two.
         del received
-        cached += mine is not None and mine.from_cache
+        num_cached += mine is not None and mine.from_cache
         for work, owner in wave:
             here = owner == ranks.get_rank()
-            own += costs[work.path] * here
             if here and mine is not None and mine.sample is not None:
                 samples[work.path] = mine.sample
             if stored is None and work.item is not None:
@@ -150,10 +146,9 @@ def init_adapter(
             bar.update()
     bar.close()
     model.base_model.record_base(adapter_name, fingerprint=_fingerprint(model, adapter_name, samples))
-    total = ranks.sum_over_ranks(torch.tensor([cached, own]))
-    share = own / float(total[1]) if total[1] else 0.0
+    num_cached = int(ranks.sum_over_ranks(torch.tensor(num_cached)))
     num_started = sum(work.item is not None for work in works)
-    return InitReport(num_started, int(total[0]), share, time.monotonic() - began)
+    return InitReport(num_started, num_cached, time.monotonic() - began)
 
 
 def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:

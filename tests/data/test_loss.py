@@ -31,7 +31,6 @@ def packed_row(documents: list[torch.Tensor]) -> MicroBatch:
         position_ids=torch.cat([torch.arange(len(document)) for document in documents])[None],
         labels=labels,
         label_index=(labels[0] != -100).nonzero()[:, 0],
-        num_documents=len(documents),
         num_tokens=ids.numel(),
         is_filler=False,
     )

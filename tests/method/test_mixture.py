@@ -161,7 +161,7 @@ def half_precision_run(monkeypatch: pytest.MonkeyPatch, *, widened: int) -> list
     factors = MixtureFactors(a.requires_grad_(), b.requires_grad_(), a0, b0, router.requires_grad_())
     y, load = mixture(x, base, factors, settings, signal=BalanceSignal())
     assert load is not None
-    return [y, load.prob_E, *torch.autograd.grad(y.square().sum(), [x, a, b, router])]
+    return [y, load.balance_loss, load.entropy, *torch.autograd.grad(y.square().sum(), [x, a, b, router])]
 
 
 def test_a_half_precision_input_is_routed_the_same_in_pieces_as_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_on_cuda_one_product_gives_activations_and_logits_in_fp32() -> None:
             )
     assert called.shapes_of(torch.ops.aten.mm.dtype) == [(5, 2 * R + 2)]
     assert load is not None
-    assert (y.dtype, load.prob_E.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, load.entropy.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_part_of_the_gradient_is_added_once_and_forgotten() -> None:

@@ -60,7 +60,8 @@ def test_the_load_of_a_router_is_measured_over_real_tokens(mask: list[bool] | No
     real = torch.tensor(mask or [True] * 9)
     probs_TE = gates.probs_TE[real]
     torch.testing.assert_close(load.share_E, gates.kept_TE[real].double().mean(dim=0) / 2)
-    torch.testing.assert_close(load.prob_E, probs_TE.mean(dim=0))
+    balance_loss = len(load.share_E) * (load.share_E @ probs_TE.mean(dim=0))
+    torch.testing.assert_close(load.balance_loss, balance_loss)
     torch.testing.assert_close(load.entropy, -(probs_TE * probs_TE.log()).sum(dim=1).mean())
 
 

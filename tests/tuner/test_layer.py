@@ -328,8 +328,11 @@ def test_a_bf16_layer_routes_by_logits_in_fp32() -> None:
     experts = adapted.goat_experts["default"]
     adapted(draw_input(torch.bfloat16))
     exact = draw_input(torch.bfloat16).flatten(0, 1).double() @ experts.router.detach().double().T
-    probs = experts.signal.loads[experts.name].prob_E
-    torch.testing.assert_close(probs.double(), exact.softmax(dim=1).mean(dim=0), rtol=1e-6, atol=1e-6)
+    load, probs = experts.signal.loads[experts.name], exact.softmax(dim=1)
+    entropy = -(probs * probs.log()).sum(dim=1).mean()
+    balance_loss = len(load.share_E) * (load.share_E.double() @ probs.mean(dim=0))
+    torch.testing.assert_close(load.entropy.double(), entropy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(load.balance_loss.double(), balance_loss, rtol=1e-6, atol=1e-6)
 
 
 def test_a_weight_that_is_not_whole_is_refused_before_any_svd() -> None:

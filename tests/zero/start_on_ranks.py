@@ -23,6 +23,7 @@ from goat_ds.tuner.model import named_experts
 from goat_ds.zero import decompose, partition
 from goat_ds.zero import engine as engines
 from goat_ds.zero.engine import Attention
+from goat_ds.zero.waves import cost_of
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         inspect(str(demo.base_path())), precision=config.precision, attention=Attention.SDPA, engine_config=filled
     )
     model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
-    held = watch_whole_weights()
+    held, work = watch_whole_weights(), watch_work()
     report = decompose.init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
     factors = {}
     for item in named_experts(model, engines.ADAPTER_NAME):
@@ -43,7 +44,11 @@ def main() -> None:
             for name, parameter in item.experts.named_parameters():
                 factors[f"{item.path}.{name}"] = parameter.detach().clone()
     save_file(factors, output / f"factors-{ranks.get_rank()}.safetensors")
-    told = report._asdict() | {"most_whole_weights": held["most"], "frozen": sorted(frozen_names(model))}
+    told = report._asdict() | {
+        "most_whole_weights": held["most"],
+        "cost": work["cost"],
+        "frozen": sorted(frozen_names(model)),
+    }
     (output / f"report-{ranks.get_rank()}.json").write_text(json.dumps(told))
     ranks.leave()
 
@@ -65,6 +70,19 @@ def watch_whole_weights() -> dict[str, int]:
 
     partition.whole_on = counted
     return held
+
+
+def watch_work() -> dict[str, int]:
+    """Add up the cost of what this rank decomposes."""
+    done = {"cost": 0}
+    directions_of = decompose.directions_of
+
+    def counted(weight_OI: torch.Tensor, *arguments: Any, **how: Any) -> Any:
+        done["cost"] += cost_of((weight_OI.shape[0], weight_OI.shape[1]), decomposes=True)
+        return directions_of(weight_OI, *arguments, **how)
+
+    decompose.directions_of = counted
+    return done
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:

@@ -55,11 +55,11 @@ def whole(root: Path) -> Started:
 
 @pytest.mark.slow
 def test_each_rank_decomposes_about_half_and_never_holds_two_whole_weights(sharded: Started) -> None:
+    whole_cost = sum(report["cost"] for report in sharded.reports)
     for report in sharded.reports:
-        assert 0.4 <= report["cost_share"] <= 0.6
+        assert 0.4 <= report["cost"] / whole_cost <= 0.6
         assert report["most_whole_weights"] == 1
         assert report["num_cached"] == 0
-    assert sum(report["cost_share"] for report in sharded.reports) == pytest.approx(1)
 
 
 @pytest.mark.slow
