@@ -10,8 +10,8 @@ The first rank judges all ranks, every other rank judges the first:
   ranks enter their collectives in the same order, so it waits as well, for those others.
 
 Ranks with equal counts hold up nobody, however long they start nothing: they work, or all are in one collective that a
-lost network holds up, and then beats stop as well or the process group's own timeout, a tenth longer, ends the run. The
-source of a broadcast may go on before the others have entered it, so its waiting is assumed, not seen.
+lost network holds up, and then beats stop as well or the process group's own timeout, a tenth longer, ends the run.
+That a rank that is ahead waits is assumed, not seen: after a broadcast, say, its source may go on alone.
 
 One rank a node says the sentence. That rank and the named ones also print the stacks of their threads, and every rank
 that still runs ends with exit code 1.
@@ -95,13 +95,13 @@ def judge(
     # A rank that waits for a silent one may reach the limit a moment before the silence does.
     enough_s = limit_s / 2 if waits_for else limit_s
     if silent := [rank for rank, seconds in silent_s.items() if seconds >= enough_s]:
-        time = _minutes(max(silent_s[rank] for rank in silent), timeout_s)
+        took = _minutes(max(silent_s[rank] for rank in silent), timeout_s)
         last = _after(max(beats[rank].step for rank in silent))
-        return _verdict(silent, beats, f"not answered for {time}, last seen {last}")
+        return _verdict(silent, beats, f"not answered for {took}, last seen {last}")
     if late := [rank for rank in sorted(set().union(*waits_for.values())) if not _behind(rank, beats)]:
-        time = _minutes(max(stood_s[rank] for rank in waits_for), timeout_s)
+        took = _minutes(max(stood_s[rank] for rank in waits_for), timeout_s)
         last = _after(max(beat.step for beat in beats.values()))
-        return _verdict(late, beats, f"not entered the collective that others have waited in for {time}, {last}")
+        return _verdict(late, beats, f"not entered the collective that others have waited in for {took}, {last}")
     return None
 
 
