@@ -137,9 +137,7 @@ def test_code_of_an_author_is_not_run_unasked(
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
     needing_code(trained.base, ran=tmp_path / "ran")
-    words = (
-        r"needs code of its author \(auto_map: strange.Model\), .*; look at that code, then add --trust_remote_code"
-    )
+    words = r"needs code of its author \(auto_map: strange.Model\), .*; look at that code, then add --trust_remote_code"
     for path in (trained.base, trained.adapter):
         with pytest.raises(ConfigError, match=words):
             found(path)
