@@ -10,7 +10,7 @@ setup: .venv/complete
 .venv/complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,lm-eval,trl]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,lm-eval,tensorboard,trl]'
 	touch $@
 
 demo: setup

@@ -6,6 +6,7 @@ from typing import Any
 from goat_ds.base.packing_probe import row_problem
 from goat_ds.data import check_sources
 from goat_ds.distributed import ranks
+from goat_ds.distributed.lock import LOCK_NAME
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.plan import Planner, PlanSettings
 from goat_ds.train.config import AUTO, TrainConfig
@@ -136,7 +137,7 @@ def _folder_problems(config: TrainConfig, resumption: Resumption) -> Iterator[st
     is_own = config.resume == AUTO or (
         checkpoint is not None and checkpoint.folder.parent.resolve() == folder.resolve()
     )
-    if not is_own and folder.exists() and any(folder.iterdir()):
+    if not is_own and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         yield (
             f"output_dir ({folder}) is not empty: it may hold another run; choose another folder, or --resume auto to "
             "go on with that run"

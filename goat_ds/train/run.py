@@ -10,9 +10,9 @@ from pathlib import Path
 
 from goat_ds import plan
 from goat_ds.distributed import nodes, ranks
+from goat_ds.distributed.heartbeat import Watch, watching
 from goat_ds.distributed.lock import locked
 from goat_ds.distributed.ranks import say
-from goat_ds.distributed.watch import Watch, watching
 from goat_ds.errors import ConfigError, GoatError, Interrupted
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig

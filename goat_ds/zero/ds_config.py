@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,15 @@ def problems(ds_config: dict[str, Any], settings: EngineSettings, *, base_is_4bi
             yield f"ds_config: optimizer.params.{name} ({given}) contradicts the flags ({value}); set it to auto"
     if "scheduler" in ds_config:
         yield "ds_config: scheduler is set by --lr_scheduler and --warmup_steps; leave the block out"
+    yield from _missing_monitor(ds_config)
+
+
+def _missing_monitor(ds_config: dict[str, Any]) -> Iterator[str]:
+    if ds_config.get("tensorboard", {}).get("enabled") and not importlib.util.find_spec("tensorboard"):
+        yield (
+            "ds_config: tensorboard.enabled (true) needs the tensorboard package (pip install 'goat_ds[tensorboard]'); "
+            "install it, or leave the block out"
+        )
 
 
 def warnings(ds_config: dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from goat_ds.distributed import lock, ranks
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.train import resume
 from goat_ds.train.cli import parse
@@ -170,18 +170,6 @@ def test_what_a_killed_run_left_half_done_is_swept_and_nothing_else(tmp_path: Pa
         (tmp_path / name).mkdir()
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1.damaged", "checkpoint-2"]
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "agree", lambda work: work())
-    with (
-        lock.locked(tmp_path, timeout_minutes=0.1),
-        pytest.raises(ConfigError, match=rf"output_dir \({tmp_path}\) is in use by another run"),
-        lock.locked(tmp_path, timeout_minutes=1e-3),
-    ):
-        raise AssertionError("two runs hold one folder")
-    with lock.locked(tmp_path, timeout_minutes=0.1):
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_the_best_and_the_last_routed_checkpoint_are_kept(tmp_path: Path) -> None:

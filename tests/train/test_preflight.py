@@ -12,6 +12,7 @@ import torch
 from goat_ds import demo
 from goat_ds.base.inspect import inspect
 from goat_ds.data import load_tokenizer
+from goat_ds.distributed.lock import LOCK_NAME
 from goat_ds.errors import ConfigError
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
@@ -44,6 +45,18 @@ def problems(folder: Path, **settings: Any) -> list[str]:
 
 def test_a_base_as_it_should_be_has_no_problem(tmp_path: Path) -> None:
     assert problems(tmp_path, model=base_with(tmp_path)) == []
+
+
+def test_a_folder_with_nothing_but_the_lock_of_a_killed_run_is_empty(tmp_path: Path) -> None:
+    base, lock = base_with(tmp_path), tmp_path / "run" / LOCK_NAME
+    lock.parent.mkdir()
+    lock.touch()
+    assert problems(tmp_path, model=base) == []
+    assert problems(tmp_path, model=base, resume="auto") == []
+    assert look(TrainConfig(output_dir=str(lock.parent), resume="auto")).checkpoint is None
+    (lock.parent / "notes").touch()
+    (problem,) = problems(tmp_path, model=base)
+    assert problem.startswith(f"output_dir ({lock.parent}) is not empty")
 
 
 def test_everything_wrong_with_the_base_is_told_at_once(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -136,6 +139,20 @@ def test_the_known_keys_are_those_that_deepspeed_knows() -> None:
     ours = {"train_batch_size", "zero_optimization", "csv_monitor", "wandb", "tensorboard", "comms_logger", "aio"}
     assert ours <= ds_config.KNOWN_KEYS
     assert not ds_config.KNOWN_KEYS & _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_tensorboard_is_refused_where_its_package_is_not_installed(
+    is_installed: bool, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("tensorboard") if is_installed else None
+    if module is not None:
+        module.__spec__ = ModuleSpec("tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", module)
+    found = problems({"tensorboard": {"enabled": enabled}})
+    assert len(found) == (enabled and not is_installed)
+    assert all("needs the tensorboard package (pip install 'goat_ds[tensorboard]')" in line for line in found)
 
 
 def test_what_has_not_been_tried_is_allowed_and_told() -> None:

@@ -1,0 +1,93 @@
+"""A folder belongs to one run at a time, and to nobody once that run has ended, however it ended."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from goat_ds.distributed.lock import LOCK_NAME, locked
+from goat_ds.errors import ConfigError
+from tests.launching import cpu_environment
+
+
+def test_two_runs_in_one_folder_are_refused_and_one_that_ends_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path, timeout_minutes=0.1),
+        pytest.raises(ConfigError, match=rf"output_dir \({tmp_path}\) is in use by another run; end that run first, "),
+        locked(tmp_path, timeout_minutes=1e-3),
+    ):
+        raise AssertionError("two runs hold one folder")
+    with locked(tmp_path, timeout_minutes=0.1):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_waits_for_one_that_ends_and_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun, waited_for = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path, timeout_minutes=1):
+            begun.set()
+            assert waited_for.wait(30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert begun.wait(30)
+    threading.Timer(0.2, waited_for.set).start()
+    with locked(tmp_path, timeout_minutes=0.1):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    other.join()
+    said = f"output_dir ({tmp_path}) is in use by another run; waiting 3 s for it to end"
+    assert "".join(capsys.readouterr()).count(said) == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from goat_ds.distributed.lock import locked
+with locked(Path(sys.argv[1]), timeout_minutes=1):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_holds_nothing(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=cpu_environment(), check=False)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    began = time.monotonic()
+    with locked(tmp_path, timeout_minutes=1):
+        assert time.monotonic() - began < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_told_and_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path, timeout_minutes=0.1):
+        pass
+    said = f"output_dir ({tmp_path}) cannot be locked ({os.strerror(number)}); see that no other run uses it"
+    assert f"warning: {said}" in "".join(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with (
+        pytest.raises(ConfigError, match=rf"output_dir \({tmp_path}\) cannot be written to: Read-only file system; ch"),
+        locked(tmp_path, timeout_minutes=0.1),
+    ):
+        raise AssertionError("the run goes on")
