@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test quick lint bench clean
+.PHONY: setup demo test quick lint docs bench clean
 
 setup: .venv/complete
 
@@ -10,13 +10,13 @@ setup: .venv/complete
 .venv/complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,lm-eval,tensorboard,trl]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,lm-eval,tensorboard,trl]'
 	touch $@
 
 demo: setup
 	python launch/demo.py
 
-test: setup lint
+test: setup lint docs
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes seconds, for every change.
@@ -27,6 +27,10 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The pages and the API reference, offline, into build/docs; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: setup
 	python benchmarks/layer.py
