@@ -1,4 +1,4 @@
-"""What the README says can be typed, can be typed."""
+"""What the README and the pages of docs/ say can be typed, can be typed."""
 
 import ast
 import re
@@ -21,22 +21,38 @@ from goat_ds.tuner.quantized import Packing
 from tests.launching import REPOSITORY, cpu_environment
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+DOCS = REPOSITORY / "docs"
+TEXT = "\n".join(
+    path.read_text()
+    for path in (
+        *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "ds_configs/README.md")),
+        *sorted(DOCS.rglob("*.md")),
+    )
+)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY)) for room in ("launch", "benchmarks") for path in (REPOSITORY / room).glob("*.py")
 )
-INLINE = re.findall(r"`([^`\n]+)`", README)
+INLINE = re.findall(r"`([^`\n]+)`", TEXT)
+PROGRAM = re.compile(r"\bgoat-ds (\w+)")
 
 
 def shell_commands() -> list[list[str]]:
-    """Give the words of every command in the README, without comments and the dots that stand for more."""
-    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
-    commands = [shlex.split(line, comments=True) for line in [*lines, *INLINE] if "launch/" in line or "make " in line]
-    return [[word for word in command if word != "…"] for command in commands]
+    """Return the words of every command in the text, without comments and the dots that stand for more.
+
+    ``goat-ds train`` stands for ``launch/train.py``, and so on. A script or program that is only named is no command.
+    """
+    blocks = [text for kind, text in BLOCKS if kind == "bash"]
+    lines = [line for text in blocks for line in text.replace("\\\n", " ").splitlines()]
+    lines = [PROGRAM.sub(r"launch/\1.py", line) for line in [*lines, *INLINE]]
+    commands = [shlex.split(line, comments=True) for line in lines if "launch/" in line or "make " in line]
+    return [[word for word in command if word != "…"] for command in commands if len(command) > 1]
 
 
 def after(script: str) -> list[list[str]]:
-    return [command[command.index(script) + 1 :] for command in shell_commands() if script in command]
+    found = [command[command.index(script) + 1 :] for command in shell_commands() if script in command]
+    # The same command stands in the README and in its page.
+    return [list(flags) for flags in dict.fromkeys(map(tuple, found))]
 
 
 LAUNCHED = [*after("launch/train.py"), *after("launch/torchrun_node.sh"), *after("launch/slurm.sbatch")]
@@ -71,6 +87,12 @@ def test_evaluation_commands_are_understood(flags: list[str]) -> None:
     assert [problem for problem in settings.problems() if "is no folder" not in problem] == []
 
 
+@pytest.mark.parametrize("flags", after("launch/plan.py"), ids=" ".join)
+def test_planning_commands_parse(flags: list[str]) -> None:
+    ranks = flags.index("--world_size") if "--world_size" in flags else len(flags)
+    parse([*flags[:ranks], *flags[ranks + 2 :]], required=("model",))
+
+
 def test_make_targets_exist() -> None:
     targets = {word for command in shell_commands() if command[0] == "make" for word in command[1:2]}
     assert targets >= {"setup", "demo", "test"}
@@ -82,11 +104,11 @@ def test_python_blocks_compile_and_import_what_exists() -> None:
     for kind, text in BLOCKS:
         if kind == "python":
             imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
-            exec(compile(ast.Module(imports, type_ignores=[]), "README.md", "exec"), {})
+            exec(compile(ast.Module(imports, type_ignores=[]), "documents", "exec"), {})
 
 
 def test_the_map_names_every_room_and_nothing_else() -> None:
-    tree = README[README.index("## Map") : README.index("The data's way")]
+    tree = README[README.index("## Map") : README.index("## More")]
     named = set(re.findall(r"^ {6}(\w+)(?:/|\.py) ", tree, flags=re.MULTILINE))
     rooms = {path.stem for path in (REPOSITORY / "goat_ds").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert named == rooms - {"__init__", "__pycache__"}
@@ -97,7 +119,7 @@ LLAMA_3 = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (1
 
 
 def memory_rows(shape: tuple[int, int, int, int], folder: Path) -> list[float]:
-    """Compute one column of the README's table of memory, in GiB."""
+    """Return one column of the table of memory, in GiB."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = LlamaConfig(**dict(zip(names, shape, strict=True)), vocab_size=128256, num_key_value_heads=8, head_dim=128)
     config.save_pretrained(folder)
@@ -126,15 +148,14 @@ def planned_skeleton(folder: Path) -> Skeleton:
 def test_the_table_of_memory_is_computed_from_the_shapes(tmp_path: Path) -> None:
     columns = [memory_rows(shape, tmp_path) for shape in LLAMA_3.values()]
     rows = [" | ".join(f"{value:.1f}" for value in row) for row in zip(*columns, strict=True)]
-    table = README[README.index("| base in bf16 |") :]
+    page = (DOCS / "four-bit.md").read_text()
+    table = page[page.index("| base in bf16 |") :]
     written = [line.partition("|")[2].partition("|")[2].strip(" |") for line in table.splitlines()[: len(rows)]]
     assert written == rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script", sorted(set(re.findall(r"(?:launch|benchmarks)/\w+\.py", README)) | {"launch/demo.py"})
-)
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"(?:launch|benchmarks)/\w+\.py", TEXT)) | {"launch/demo.py"}))
 def test_every_script_starts(script: str) -> None:
     command = [sys.executable, script, "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What faults are done to runs, how often, and what a run loses: the tests do them, the README tells of them."""
+"""What faults are done to runs, how often, and what a run loses: the tests do them, docs/reliability.md lists them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.launching import metrics_of
 
 
 class Fault(NamedTuple):
-    """A row of the README's table."""
+    """A row of the table in docs/reliability.md."""
 
     name: str
     times: int

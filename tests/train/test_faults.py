@@ -163,7 +163,7 @@ def test_a_finished_run_started_again_does_nothing(laboratory: Laboratory, unint
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_the_readme_tells_of_every_fault_and_of_no_other() -> None:
-    readme = Path(REPOSITORY / "README.md").read_text()
-    table = readme[readme.index("| fault | times | what is lost |") :].split("\n\n")[0]
+def test_the_page_on_reliability_lists_every_fault_and_no_other() -> None:
+    page = Path(REPOSITORY / "docs" / "reliability.md").read_text()
+    table = page[page.index("| fault | times | what is lost |") :].split("\n\n")[0]
     assert table.splitlines()[2:] == [fault.row() for fault in FAULTS]
