@@ -17,16 +17,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import goat_ds
 from goat_ds import demo
 from goat_ds.train import preflight
-from goat_ds.train.config import TrainConfig, parse
+from goat_ds.train.cli import parse
+from goat_ds.train.config import TrainConfig
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.resume import look
-from goat_ds.zero.ranks import Ranks
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm, token_ids
 from tests.tuner.test_trainers import word_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
 SETTINGS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
-ALONE = Ranks(world_rank=0, world_size=1, local_rank=0)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,8 @@ def test_its_commands_name_it_and_parse(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_checks_of_a_run_find_nothing_wrong(name: str, tmp_path: Path) -> None:
     config = with_stand_ins(tmp_path, name)
-    assert list(preflight.problems(look(config, ALONE), ALONE)) == []
+    found = [*preflight.problems(look(config), read_inputs(config)), *preflight.data_problems(config)]
+    assert found == []
 
 
 LLAMA_2_7B = LlamaConfig(
@@ -121,8 +122,9 @@ def test_the_real_architecture_fits_the_gpus_that_the_table_names(name: str, bas
     assert flags[-2:] == ["--world_size", str(nodes * per_node)]
     base.save_pretrained(tmp_path / "base")
     config = parse([*flags[:-2], "--model", str(tmp_path / "base")], required=preflight.REQUIRED_TO_PLAN)
-    assert list(preflight.plan_problems(config, world_size=nodes * per_node)) == []
-    planner = preflight.planner_of(config, world_size=nodes * per_node)
+    inputs = read_inputs(config, world_size=nodes * per_node)
+    assert list(preflight.plan_problems(inputs)) == []
+    planner = preflight.planner_of(inputs)
     assert planner.fits(gpu_gib, nodes * per_node)
     torchrun = next(command for command in commands_of(name) if "launch/torchrun_node.sh" in command)
     assert torchrun[1:3] == [f"NODES={nodes}", f"RANKS={per_node}"]
