@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from goat_ds.data import MicroBatch, label_loss_sum
+from goat_ds.tuner.quantized import QuantizedLinear, code_of_statistics
 
 NUM_BLOCKS_RUN = 3
 """The first block, one that stands for all between, the last."""
@@ -184,7 +185,11 @@ def record(
     path, num_blocks = blocks_of(model)
     few = _with_few_blocks(model, path)
     prepare(few)
-    mode = FakeTensorMode()
+    if any(isinstance(module, QuantizedLinear) and module.packing.double_quant for module in few.modules()):
+        # The process keeps this tensor. If it were made below, among fake tensors, real weights would get a fake one.
+        code_of_statistics(torch.device("cpu"))
+    # And being real, it meets fake ones.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     _become_fake(few, mode)
     with mode:
         batch = _micro_batch(num_tokens, num_labels)

@@ -140,7 +140,7 @@ def unpack(bytes_N: Tensor, packing: Packing, *, shape: tuple[int, int], dtype: 
     about = {"shape": torch.Size(shape), "dtype": dtype, "blocksize": packing.block_size}
     state = functional.QuantState(absmax=wide, quant_type=packing.quant_type, **about)
     if packing.double_quant:
-        code = _code_of_statistics(bytes_N.device)
+        code = code_of_statistics(bytes_N.device)
         state2 = functional.QuantState(absmax=wide[1:], code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
         state = functional.QuantState(
             absmax=small_S, quant_type=packing.quant_type, offset=wide[0], state2=state2, **about
@@ -150,7 +150,8 @@ def unpack(bytes_N: Tensor, packing: Packing, *, shape: tuple[int, int], dtype: 
 
 
 @cache
-def _code_of_statistics(device: torch.device) -> Tensor:
+def code_of_statistics(device: torch.device) -> Tensor:
+    """Return the 256 values that quantised statistics stand for; kept for the life of the process."""
     code: Tensor = bitsandbytes().functional.create_dynamic_map()
     return code.to(device)
 
@@ -288,7 +289,7 @@ def packing_of(layer: Any) -> Packing:
     state = _trainable_state(layer)
     if state.nested:
         code = state.state2.code
-        if state.state2.blocksize != NESTED_BLOCK_SIZE or not torch.equal(code, _code_of_statistics(code.device)):
+        if state.state2.blocksize != NESTED_BLOCK_SIZE or not torch.equal(code, code_of_statistics(code.device)):
             raise ConfigError(
                 "the 4-bit base's statistics are quantised in a way that this bitsandbytes does not make; quantise the "
                 "unquantised base with load_in_4bit instead"

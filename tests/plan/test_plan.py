@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensor
 
 from goat_ds import GoatConfig, plan
 from goat_ds.base.inspect import inspect
@@ -20,7 +21,7 @@ from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
-from goat_ds.tuner.quantized import Packing
+from goat_ds.tuner.quantized import Packing, code_of_statistics
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm
 from tests.plan.helpers import config_only, planner, settings
@@ -65,6 +66,18 @@ def test_a_4bit_base_holds_the_bytes_that_its_layers_are_packed_in(
     values: list[int] = [layer.weight.numel() for layer in layers]  # type: ignore[union-attr, operator, misc]
     assert skeleton.num_bytes(Kind.FOUR_BIT) == sum(map(packing.num_bytes, values))
     assert skeleton.num_base_values == causal_lm(name).num_parameters()
+
+
+@pytest.mark.parametrize("is_made_before", [False, True])
+def test_double_quantisation_is_planned_and_leaves_its_code_as_it_was(tmp_path: Path, is_made_before: bool) -> None:
+    code_of_statistics.cache_clear()
+    if is_made_before:
+        code_of_statistics(torch.device("cpu"))
+    four_bit = planner(tmp_path, "--load_in_4bit").timeline
+    double = planner(tmp_path, "--load_in_4bit", "--bnb_4bit_use_double_quant").timeline
+    # Statistics are unpacked with a weight, and gone with it.
+    assert double.peak >= four_bit.peak and double.kept == four_bit.kept
+    assert not isinstance(code_of_statistics(torch.device("cpu")), FakeTensor)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
