@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> None:
             gradient_accumulation_steps=args.grad_accum_steps,
             # The balance loss reaches the routers with either kind of checkpointing.
             gradient_checkpointing=args.gradient_checkpointing,
-            bf16=True,
+            # transformers offers this on a GPU only. On a CPU the base is in bf16 and the experts in fp32 all the same.
+            bf16=torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
         ),

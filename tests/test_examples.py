@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import goat_ds
 from goat_ds import demo
@@ -109,6 +109,7 @@ LLAMA_3_70B = LlamaConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "base"), [("llama_2_7b_4bit.yaml", LLAMA_2_7B), ("llama_3_70b_4bit.yaml", LLAMA_3_70B)]
 )
@@ -143,7 +144,9 @@ def test_the_script_for_trl_trains_an_adapter_that_loads(more: list[str], tmp_pa
     sizes = {"r": 8, "num_experts": 4, "max_steps": 2, "grad_accum_steps": 2, "learning_rate": 0.1}
     flags = [word for name, value in {**places, **sizes}.items() for word in (f"--{name}", str(value))]
     runpy.run_path(str(EXAMPLES / "trl_sft.py"))["main"]([*flags, *more])
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    as_trained = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if "--load_in_4bit" in more else None
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=as_trained)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
     config: Any = loaded.peft_config["default"]
     assert isinstance(config, goat_ds.GoatConfig) and (config.r, config.num_experts) == (8, 4)
     with torch.no_grad(), loaded.disable_adapter():
