@@ -1,4 +1,4 @@
-"""Tell whether a folder is as it was written: its manifest holds the size and the SHA-256 of every file."""
+"""Check whether a folder is as it was written: its manifest holds the size and the SHA-256 of every file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Say what a base model is, by its config and the names of its files: asked once, carried from there.
+"""Return what a base model is, by its config and the names of its files: asked once, carried from there.
 
 Nothing here reads a weight, and nothing runs code that comes with a model unless the caller says so.
 """

@@ -42,7 +42,7 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 
 
 def row_problem(base: Base, *, attention: str = "sdpa") -> str | None:
-    """Say why documents packed into one row cannot train this model, or nothing if they can.
+    """Return why documents packed into one row cannot train this model, or nothing if they can.
 
     Draws from no random stream of the caller's. To be called before the real model is loaded: it ends transformers'
     sharding at birth, as loading does.

@@ -1,4 +1,4 @@
-"""Know a file by its size and times, and so its content without reading it again.
+"""Remember the content of files by their size and times, so that what has not changed is not read again.
 
 What is kept of a file is one small file under a name that its path determines. Whoever rewrites a file changes its
 times, so what is kept no longer fits and the file is read.

@@ -50,11 +50,11 @@ def read_json(path: Path) -> Iterator[Row]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error.reason} (byte {error.start})") from None
-    decoder, place, line, told = json.JSONDecoder(), _skip(text, 0, " \t\r\n"), 1, 0
+    decoder, place, line, counted = json.JSONDecoder(), _skip(text, 0, " \t\r\n"), 1, 0
     in_list = text[place : place + 1] == "["
     place = _skip(text, place + in_list, " \t\r\n")
     while place < len(text) and not (in_list and text[place] == "]"):
-        line, told = line + text.count("\n", told, place), place
+        line, counted = line + text.count("\n", counted, place), place
         try:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:

@@ -211,7 +211,7 @@ class _Watcher:
         self._beats: dict[int, Beat] = {}
         self._verdict: Verdict | None = None
         self._trouble = ""
-        self._stopping, self._told = threading.Event(), threading.Event()
+        self._stopping, self._sent = threading.Event(), threading.Event()
         self._watched = range(ranks.get_world_size() if ranks.is_first() else 1)
         # Two collectives: every rank has beaten before one listens.
         ranks.agree(self._first_beat)
@@ -264,7 +264,7 @@ class _Watcher:
         assert self._store is not None
         if self._verdict and ranks.is_first():
             self._store.set(VERDICT, json.dumps(self._verdict))
-            self._told.set()
+            self._sent.set()
         verdict, *texts = self._store.multi_get([VERDICT, *map(_key, self._watched)])
         self._beats = {rank: Beat(*json.loads(text)) for rank, text in zip(self._watched, texts, strict=True)}
         if verdict and not ranks.is_first():
@@ -296,7 +296,7 @@ class _Watcher:
             _say(f"rank {ranks.get_rank()} is here, in each of its threads:")
             faulthandler.dump_traceback()
         if ranks.is_first():
-            self._told.wait(3 * self._period_s)
+            self._sent.wait(3 * self._period_s)
         # The others read it before the store is gone; and a launcher ends all ranks as soon as one has ended.
         time.sleep(2 * self._period_s if speaks else 3 * self._period_s)
         os._exit(1)
@@ -310,7 +310,7 @@ class _Watcher:
             thread.join(self._period_s)
 
     def say_goodbye(self) -> None:
-        """Tell the others that this rank's silence is no trouble; the first rank waits for their goodbyes."""
+        """Beat once more, so that the others know that this rank's silence is no trouble; the first rank waits for their goodbyes."""
         if self._store is None or self._threads[0].is_alive():
             return
         try:

@@ -140,7 +140,7 @@ def read_records(settings: EvalSettings) -> list[Record | Dropped]:
 
 
 def row_problems(settings: EvalSettings, subject: Subject) -> Iterator[str]:
-    """Say why the model cannot be given packed rows and positions."""
+    """Yield why the model cannot be given packed rows and positions."""
     metrics = [metric for metric in (Metric.PERPLEXITY, Metric.CHOICE_ACCURACY) if metric in settings.asked]
     if metrics and (problem := row_problem(subject.base)):
         yield f"{' and '.join(metrics)}: {problem}; leave {'them' if len(metrics) > 1 else 'it'} out with --metrics"
@@ -208,7 +208,7 @@ def measure(settings: EvalSettings, prepared: Prepared, model: Any) -> Report:
 
 
 def _head(settings: EvalSettings, prepared: Prepared, model: Any) -> Report:
-    """Say what is judged, on what."""
+    """Return what is judged, on what."""
     subject, quantization = prepared.subject, prepared.subject.quantization
     dropped = Counter(str(item.reason) for item in prepared.records if isinstance(item, Dropped))
     return Report(

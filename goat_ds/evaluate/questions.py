@@ -154,7 +154,7 @@ def _num_common(sequences: Sequence[Sequence[int]]) -> int:
 def num_positions_problems(
     lengths: Iterable[tuple[str, int]], num_positions: int | None, metric: str, way_out: str = ""
 ) -> Iterator[str]:
-    """Say which sequences the model has no positions for.
+    """Yield which sequences the model has no positions for.
 
     Args:
         lengths: Origin and tokens of each.

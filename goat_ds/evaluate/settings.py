@@ -102,7 +102,7 @@ class EvalSettings:
             yield f"output ({self.output}) would be in a folder that does not exist; make it first"
 
     def _useless(self) -> Iterator[str]:
-        """Say which settings have no effect beside the others."""
+        """Yield which settings have no effect beside the others."""
         if self.metrics and not self.data and self.tasks:
             yield f"metrics ({', '.join(self.metrics)}) has no effect without data; give --data FILE, or leave it out"
         if self.choices and (not self.data or (self.metrics and Metric.CHOICE_ACCURACY not in self.metrics)):

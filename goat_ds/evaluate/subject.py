@@ -104,7 +104,7 @@ class Subject:
 
 
 def find_subject(settings: EvalSettings) -> Subject:
-    """Say what ``--model`` and ``--base`` mean. Reads configs and the names of tensors, no weights.
+    """Return what ``--model`` and ``--base`` mean. Reads configs and the names of tensors, no weights.
 
     Raises:
         ConfigError: with all that is wrong with them.
@@ -201,7 +201,7 @@ def _base_of(path: Path, peft_config: Any, settings: EvalSettings) -> Base:
 
 
 def _misfits(adapter: Adapter, *, is_stored: bool) -> Iterator[str]:
-    """Say why the base of training cannot be made again while it loads."""
+    """Yield why the base of training cannot be made again while it loads."""
     trained = adapter.quantization
     way_out = "evaluate its exact export (python launch/export.py --mode exact)"
     if adapter.is_folded and (trained or is_stored):

@@ -24,7 +24,7 @@ from goat_ds.export.tensors import StoredTensor
 
 
 def check_fit(adapter: Adapter, skeleton: PreTrainedModel) -> None:
-    """Hold the adapter's layers and parameters against the base's.
+    """Check the adapter's layers and parameters against the base's.
 
     Raises:
         ExportError: with each that is missing, unknown or of another shape.

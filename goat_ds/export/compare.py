@@ -1,4 +1,4 @@
-"""Hold a model against the trained one on held-out tokens: loss, divergence and agreement where there is a label.
+"""Compare a model with the trained one on held-out tokens: loss, divergence and agreement where there is a label.
 
 Shape letters: L label positions of a row, C label positions of a chunk, V vocabulary.
 """
@@ -54,7 +54,7 @@ def take_reference(model: Any, packs: Packs) -> Reference:
 
 @torch.no_grad()
 def compare(model: Any, reference: Reference, *, name: str) -> Comparison:
-    """Hold a model against the trained one.
+    """Compare a model with the trained one.
 
     Args:
         model: Takes what a causal language model of transformers takes.

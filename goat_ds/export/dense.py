@@ -65,7 +65,7 @@ class Fitting:
     """Bound of the mean divergence in nats above which nothing is written; None: no bound."""
 
     def problems(self, *, routed: bool) -> list[str]:
-        """Say what is wrong, one line each.
+        """Return what is wrong, one line each.
 
         Args:
             routed: Whether the adapter has anything to fit.

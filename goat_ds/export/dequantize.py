@@ -77,7 +77,7 @@ def initial_is_packed(adapter: Adapter, merge_base: MergeBase) -> bool:
 
 
 def packing_of_stored(base: StoredBase, key: str) -> Packing:
-    """Say how a tensor of a 4-bit base is packed, without reading its statistics."""
+    """Return how a tensor of a 4-bit base is packed, without reading its statistics."""
     blob = next(tensor for name, tensor in base.statistics(key).items() if name.startswith("quant_state."))
     about = bitsandbytes().utils.unpack_tensor_to_dict(blob.read())
     return Packing(

@@ -84,12 +84,12 @@ def _sum_over_ranks(sums: Mapping[str, FitSums]) -> None:
 def _fit(experts: GoatExperts, sums: FitSums, *, owner: int) -> LayerFit:
     """Let one rank solve, and return all what it found."""
     forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
-    told = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
+    missed = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
     if owner == ranks.get_rank():
         if not is_finite(sums):
             raise ExportError(f"{experts.name} computes values that are not finite on the calibration tokens")
         found = fit_dense(experts.A, experts.scaled_B, sums)
         forms[0], forms[1] = found.a_RI, mean_gates_form(experts.A, sums)
-        told[0], told[1] = found.unexplained, found.unexplained_by_mean
+        missed[0], missed[1] = found.unexplained, found.unexplained_by_mean
     fitted_RI, mean_RI = ranks.send_from(owner, forms)
-    return LayerFit(fitted_RI, mean_RI, *ranks.send_from(owner, told).tolist())
+    return LayerFit(fitted_RI, mean_RI, *ranks.send_from(owner, missed).tolist())

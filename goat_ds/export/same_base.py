@@ -1,4 +1,4 @@
-"""Hold the weights of a base on disk against those an adapter was trained on, reading a few values of each layer."""
+"""Check the weights of a base on disk against those an adapter was trained on, reading a few values of each layer."""
 
 from transformers.pytorch_utils import Conv1D
 

@@ -56,7 +56,7 @@ class Factors(NamedTuple):
 
 
 def segment_problem(*, out_features: int, in_features: int, num_experts: int, r: int) -> str | None:
-    """Say why a layer is too small for its experts, or None: every segment must hold ``r / num_experts`` directions."""
+    """Return why a layer is too small for its experts, or None: each segment must hold ``r / num_experts`` directions."""
     segment = min(out_features, in_features) // num_experts
     needed = r // num_experts
     if needed <= segment:

@@ -119,7 +119,7 @@ def _trials(planner: Planner) -> Iterator[_Trial]:
 
 
 def _needless(planner: Planner) -> Iterator[str]:
-    """Say what saves memory that is there: without all of it the run fits on as many GPUs of the same size."""
+    """Yield what saves memory that is there: without all of it the run fits on as many GPUs of the same size."""
     world_size, raw, too = planner.settings.engine.world_size, planner.settings.ds_config, ""
     size = next((gib for gib in GPU_GIB if planner.fits(gib, world_size)), None)
     if size is None:

@@ -131,7 +131,7 @@ def build(
 
 
 def _as_stored(values: dict[str, Any], *, dtype: torch.dtype, compute_dtype: torch.dtype) -> BaseQuantization:
-    """Say how a base is quantised that bitsandbytes has quantised, whose block size is its own 64."""
+    """Return how a base is quantised that bitsandbytes has quantised, whose block size is its own 64."""
     packing = Packing(
         quant_type=values.get("bnb_4bit_quant_type", "fp4"),
         double_quant=bool(values.get("bnb_4bit_use_double_quant", False)),

@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def lines(planner: Planner) -> Iterator[str]:
-    """Say what a run needs."""
+    """Yield what a run needs."""
     settings, skeleton = planner.settings, planner.skeleton
     world_size = settings.engine.world_size
     trained, base = skeleton.count(Kind.TRAINED), skeleton.num_base_values

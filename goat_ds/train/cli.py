@@ -59,7 +59,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
 
 
 def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
-    """Say which of the given flags other flags make useless."""
+    """Yield which of the given flags other flags make useless."""
     theory = config.scaling is Scaling.THEORY
     if theory and "lora_alpha" in given:
         yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"

@@ -202,7 +202,7 @@ class TrainConfig:
         return GoatConfig(task_type="CAUSAL_LM", **values)
 
     def quantization(self) -> BaseQuantization | None:
-        """Say how the base becomes 4-bit; None: not at all."""
+        """Return how the base becomes 4-bit; None: not at all."""
         if not self.load_in_4bit:
             return None
         dtype = str(DTYPES[self.precision]).removeprefix("torch.")
@@ -329,7 +329,7 @@ class TrainConfig:
 
 
 def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
-    """Tell names from the one word that is not a name: all-linear, or a regular expression."""
+    """Return the names, or the one word that is not a name: all-linear, or a regular expression."""
     if (
         values is not None
         and len(values) == 1

@@ -65,7 +65,7 @@ def _packed(config: TrainConfig, sources: Sequence[str], tokenised: Tokenised) -
 
 
 def batch_plan(config: TrainConfig, packed: Packed, *, global_batch_size: int) -> BatchPlan:
-    """Say which packs form which global batch."""
+    """Return which packs form which global batch."""
     return BatchPlan(
         packs=packed.packs,
         num_labels=packed.num_labels,

@@ -70,7 +70,7 @@ def build_locks() -> list[Path]:
 
 
 def _signs_of_others(config: TrainConfig) -> Iterator[str]:
-    """Say what shows that this process, which has no RANK, is not the only one."""
+    """Yield what shows that this process, which has no RANK, is not the only one."""
     way_out = "RANK is not set, so each process would train alone; start with deepspeed or torchrun"
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         value = os.environ.get(name, "")

@@ -92,5 +92,5 @@ class Health:
 
 
 def last_checkpoint(saved: Path | None) -> str:
-    """Say which checkpoint a run that stops can go on from."""
+    """Return which checkpoint a run that stops can go on from."""
     return f"the last checkpoint before it is {saved}" if saved else "there is no checkpoint from before it"

@@ -54,7 +54,7 @@ def train(
     if checkpoint and done >= course.num_steps:
         say(f"resume: all {course.num_steps} steps are done, nothing is left to do")
         return checkpoint.folder
-    run = Run(resumption, inputs, course)
+    run = Training(resumption, inputs, course)
     run.finish_where_it_was_due(checkpoint is not None)
     signals.saves = True
     for step, batch in run.steps():
@@ -115,7 +115,7 @@ class Stepped(NamedTuple):
     grad_norm: float
 
 
-class Run:
+class Training:
     """A run with its weights read. Every method is a collective."""
 
     def __init__(self, resumption: Resumption, inputs: Inputs, course: Course) -> None:

@@ -174,12 +174,12 @@ def _set_redone_aside(path: Path, *, done: int) -> None:
 def _is_after(line: str, done: int) -> bool:
     """Whether a line was written after the checkpoint of step ``done``."""
     try:
-        told = json.loads(line)
+        logged = json.loads(line)
     except ValueError:
         # The run was ended in the middle of writing it.
         return True
     # A dense finish comes after the checkpoint of its step.
-    return bool(told["step"] > done or (told["step"] == done and "dense_finish" in told))
+    return bool(logged["step"] > done or (logged["step"] == done and "dense_finish" in logged))
 
 
 class StepTotals:

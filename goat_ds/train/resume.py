@@ -75,8 +75,12 @@ def _chosen(config: TrainConfig) -> tuple[Checkpoint | None, dict[Candidate, str
     if config.resume == AUTO:
         checkpoint, damaged = newest_whole(config.folder)
         if checkpoint is None and damaged:
-            told = [f"resume (auto): {candidate.folder.name} is not whole: {why}" for candidate, why in damaged.items()]
-            raise ConfigError(*told, f"resume (auto): no checkpoint in {config.folder} is whole; choose another folder")
+            reasons = [
+                f"resume (auto): {candidate.folder.name} is not whole: {why}" for candidate, why in damaged.items()
+            ]
+            raise ConfigError(
+                *reasons, f"resume (auto): no checkpoint in {config.folder} is whole; choose another folder"
+            )
         return checkpoint, damaged
     return _named(Path(str(config.resume)), config.folder), {}
 
@@ -108,7 +112,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def changes(config: TrainConfig, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Say which settings make this another run than the one whose settings are given."""
+    """Yield which settings make this another run than the one whose settings are given."""
     for name, value in settings_of(config).items():
         if name not in FREE and name in settings and settings[name] != value:
             yield (
@@ -157,7 +161,7 @@ def _free_name(folder: Path) -> Path:
 
 
 def allow_or_refuse(config: TrainConfig, change: str) -> None:
-    """Say what has changed since the run began, which every rank sees alike, or refuse it.
+    """Report what has changed since the run began, which every rank sees alike, or refuse it.
 
     Raises:
         ConfigError: ``allow_changed`` is not given.

@@ -94,8 +94,8 @@ def _plan(inputs: Inputs, tokens: Tokens) -> Iterator[str]:
 
 def _tell_of_build_locks() -> None:
     for path in build_locks():
-        told = "another process compiles an operator, or was killed while it did so"
-        print(f"warning: {path}: {told}; if the run does not start within minutes, delete that file", file=sys.stderr)
+        why = "another process compiles an operator, or was killed while it did so"
+        print(f"warning: {path}: {why}; if the run does not start within minutes, delete that file", file=sys.stderr)
 
 
 def _unshared(folder: Path, *, num_nodes: int) -> str:

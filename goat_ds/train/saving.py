@@ -60,10 +60,10 @@ def save(
             engine, output_dir=config.folder, step=step, run=run, write_beside=write_sample
         )
     except SaveError as error:
-        told = f"{error}; {last_checkpoint(earlier)}"
+        failed = f"{error}; {last_checkpoint(earlier)}"
         if must_succeed or config.on_save_error is OnSaveError.STOP:
-            raise SaveError(f"{told}; make room there, then --resume auto goes on from it") from error
-        say(f"warning: {told}; going on without (on_save_error continue)")
+            raise SaveError(f"{failed}; make room there, then --resume auto goes on from it") from error
+        say(f"warning: {failed}; going on without (on_save_error continue)")
         return earlier
     remove_surplus(config)
     return saved

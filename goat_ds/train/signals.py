@@ -31,22 +31,22 @@ class Signals:
 
     def listen(self) -> None:
         """Take the signals from here on."""
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
         # Python runs handlers on the main thread between two of its instructions, and a rank may wait for the others
         # in a collective for long. The numbers of all signals come through the pipe at once.
-        signal.set_wakeup_fd(told)
+        signal.set_wakeup_fd(writer)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
+        threading.Thread(target=self._hear, args=(reader,), name="signals", daemon=True).start()
 
     def asked(self) -> str | None:
         """Return the name of a signal that some rank has received, or None. A collective."""
         received = ranks.max_over_ranks(float(self._received or 0))
         return signal.Signals(int(received)).name if received else None
 
-    def _hear(self, heard: int) -> None:
-        while numbers := os.read(heard, 1):
+    def _hear(self, reader: int) -> None:
+        while numbers := os.read(reader, 1):
             self._receive(numbers[0])
 
     def _receive(self, number: int) -> None:

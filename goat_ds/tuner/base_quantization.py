@@ -65,7 +65,7 @@ class BaseQuantization:
 
     @classmethod
     def problems(cls, values: Any) -> Iterator[str]:
-        """Say why ``values`` is not what ``to_dict`` gives."""
+        """Yield why ``values`` is not what ``to_dict`` gives."""
         names = (*_PACKING_NAMES, *_DTYPE_NAMES, "kept")
         if not isinstance(values, dict) or values.keys() != set(names):
             yield f"base_quantization ({values}) must be null or hold {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Know a base by its content: a hash of a few values of every adapted layer's unquantised weight.
+"""Recognise a base by its content: a hash of a few values of every adapted layer's unquantised weight.
 
 A few values suffice, because whatever was trained differs from its origin nearly everywhere, and because they can be
 read from the files of a base of any size in seconds.
@@ -36,7 +36,7 @@ class BaseFingerprint(NamedTuple):
 
     @classmethod
     def problems(cls, values: Any) -> Iterator[str]:
-        """Say why ``values`` is not a fingerprint's fields by name."""
+        """Yield why ``values`` is not a fingerprint's fields by name."""
         if not isinstance(values, dict) or values.keys() != set(cls._fields):
             yield f"base_fingerprint ({values}) must be null or hold {', '.join(cls._fields)}"
         elif not isinstance(getattr(torch, str(values["dtype"]), None), torch.dtype):

@@ -133,7 +133,7 @@ class GoatExperts(nn.Module):
         """Whether the start's contribution belongs into the base weight, and not beside it."""
         return self.config.residual is Residual.FOLD and self.A0 is not None
 
-    def become_static(self, config: GoatConfig) -> None:
+    def become_dense(self, config: GoatConfig) -> None:
         """Let the router go; ``A`` must be given its dense form.
 
         Args:

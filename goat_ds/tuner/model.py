@@ -344,7 +344,7 @@ class GoatModel(BaseTuner):
         return (targets != -100).sum() / num_items
 
     def _shifts_labels(self) -> bool:
-        """Say whether the base's loss leaves out the first token of a sequence, which is nobody's target."""
+        """Return whether the base's loss leaves out the first token of a sequence, which is nobody's target."""
         is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         return not is_encoder_decoder and getattr(self.model, "loss_function", None) in (None, ForCausalLMLoss)
 
@@ -415,7 +415,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _unmatched(config: Any, model: nn.Module) -> Iterator[str]:
-    """Say which names of target and exclude lists match no layer, by PEFT's rule: the whole path or its end."""
+    """Yield which names of target and exclude lists match no layer, by PEFT's rule: the whole path or its end."""
     paths = set(_linear_paths(model))
     # A target that is there and is not linear is a misfit with words of its own.
     modules = paths | {path for path, _ in model.named_modules()}

@@ -81,7 +81,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_backend(device: torch.device) -> None:
-    """See whether bitsandbytes works on a device, by packing and unpacking a few values there.
+    """Check that bitsandbytes works on a device, by packing and unpacking a few values there.
 
     Raises:
         ConfigError: it does not.
@@ -279,7 +279,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def packing_of(layer: Any) -> Packing:
-    """Say how a 4-bit layer is packed.
+    """Return how a 4-bit layer is packed.
 
     Raises:
         ConfigError: in a way that ``unpack`` does not know.

@@ -138,7 +138,7 @@ def bytes_needed(engine: DeepSpeedEngine) -> int:
 
 
 def check_room(engine: DeepSpeedEngine, output_dir: Path) -> None:
-    """See whether the disk has room for a checkpoint, before steps are trained that could not be saved. A collective.
+    """Check that the disk has room for a checkpoint, before steps are trained that could not be saved. A collective.
 
     Raises:
         ConfigError: it has not, or the folder cannot be written to.
@@ -275,14 +275,14 @@ def keep_newest(output_dir: Path, limit: int) -> None:
 
     What cannot be read is not deleted either.
     """
-    about = {step: _told_by(checkpoint_folder(output_dir, step)) for step in checkpoint_steps(output_dir)}
-    steps = [step for step, told in about.items() if told is not None]
+    about = {step: _summary_of(checkpoint_folder(output_dir, step)) for step in checkpoint_steps(output_dir)}
+    steps = [step for step, summary in about.items() if summary is not None]
     losses = {
-        step: told.eval_loss
-        for step, told in about.items()
-        if told and told.eval_loss is not None and math.isfinite(told.eval_loss)
+        step: summary.eval_loss
+        for step, summary in about.items()
+        if summary and summary.eval_loss is not None and math.isfinite(summary.eval_loss)
     }
-    routed = [step for step, told in about.items() if told and told.is_routed]
+    routed = [step for step, summary in about.items() if summary and summary.is_routed]
     best = min(losses, key=lambda step: (losses[step], -step), default=None)
     for step in set(steps[limit:]) - {best, max(routed, default=None)}:
         folder = checkpoint_folder(output_dir, step)
@@ -292,16 +292,16 @@ def keep_newest(output_dir: Path, limit: int) -> None:
         shutil.rmtree(grave)
 
 
-class _Told(NamedTuple):
+class _Summary(NamedTuple):
     eval_loss: float | None
     is_routed: bool
 
 
-def _told_by(folder: Path) -> _Told | None:
+def _summary_of(folder: Path) -> _Summary | None:
     try:
         run = json.loads((folder / RUN_NAME).read_text())["run"]
         adapter = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
-        return _Told(run["eval_loss"], bool(adapter["routed"]))
+        return _Summary(run["eval_loss"], bool(adapter["routed"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -388,7 +388,7 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _misfits(folder: Path, shapes: dict[str, tuple[int, ...]], state: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Say which tensors of the state do not belong to the adapter."""
+    """Yield which tensors of the state do not belong to the adapter."""
     expected = {f"{name}.{part}": shape for name, shape in shapes.items() for part in PARTS if _is_trained(name)}
     for name in sorted(expected.keys() | state.keys()):
         if expected.get(name) != state.get(name):

@@ -154,8 +154,8 @@ def init_adapter(
 def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
     """Combine the samples of all ranks; None where some layer was 4-bit before its experts started. A collective."""
     # As plain numbers, which float64 holds exactly: a tensor takes many times as long to pickle.
-    told = {path: (shape, values_N.dtype, values_N.tolist()) for path, (shape, values_N) in samples.items()}
-    everywhere = ranks.union_over_ranks(told)
+    sampled = {path: (shape, values_N.dtype, values_N.tolist()) for path, (shape, values_N) in samples.items()}
+    everywhere = ranks.union_over_ranks(sampled)
     items = list(named_experts(model, adapter_name))
     if any(item.path not in everywhere for item in items):
         return None

@@ -237,11 +237,11 @@ def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
     configs: dict[str, Any] = model.peft_config
     config = configs[engines.ADAPTER_NAME] = dense_goat_config(configs[engines.ADAPTER_NAME])
     for experts in layers.values():
-        experts.become_static(config)
+        experts.become_dense(config)
 
 
 def _from_all(values: list[float]) -> list[float]:
     """Return the values of all ranks to each. A collective."""
-    told: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, values)
-    return [value for one in told for value in one]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, values)
+    return [value for one in gathered for value in one]

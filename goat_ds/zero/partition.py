@@ -79,7 +79,7 @@ def release(parameter: nn.Parameter) -> None:
 
 
 def keep_sharded(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> None:
-    """Hold parameters in shards between uses, also those so small that DeepSpeed would leave them whole."""
+    """Keep parameters in shards between uses, also those so small that DeepSpeed would leave them whole."""
     sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not sharded:
         return
@@ -116,14 +116,14 @@ def end_without_backward(engine: deepspeed.DeepSpeedEngine) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold parameters whole, to read. A collective: every rank must enter, in the same order."""
+    """Gather parameters, to read. A collective: every rank must enter, in the same order."""
     with deepspeed.zero.GatheredParameters([p for p in parameters if is_partitioned(p)]):
         yield
 
 
 @contextmanager
 def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold parameters whole; what ``world_rank`` wrote is what every rank has afterwards. A collective."""
+    """Gather parameters; what ``world_rank`` wrote is what every rank has afterwards. A collective."""
     parameters = list(parameters)
     with deepspeed.zero.GatheredParameters([p for p in parameters if is_partitioned(p)], modifier_rank=world_rank):
         yield

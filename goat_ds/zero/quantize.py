@@ -75,7 +75,7 @@ class QuantizedBytes(NamedTuple):
 
 
 def misfits(skeleton: nn.Module, quantization: BaseQuantization) -> Iterator[str]:
-    """Say which settings of a 4-bit base do not fit a model; needs no weights."""
+    """Yield which settings of a 4-bit base do not fit a model; needs no weights."""
     wanted = dict(layers_to_quantize(skeleton, kept=()))
     for name in quantization.kept:
         if not any(is_named(path, name) for path in wanted):

@@ -109,12 +109,12 @@ def needing_code(base: Path, ran: Path) -> Path:
     return base
 
 
-def become_static(routed: peft.PeftModel) -> None:
+def become_dense(routed: peft.PeftModel) -> None:
     """Leave an adapter as a dense finish does: without routers, and saying so."""
     configs: dict[str, Any] = routed.peft_config
     configs["default"] = dense_goat_config(configs["default"])
     for item in named_experts(routed, "default"):
-        item.experts.become_static(configs["default"])
+        item.experts.become_dense(configs["default"])
 
 
 def in_4bit(

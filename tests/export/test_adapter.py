@@ -16,7 +16,7 @@ from goat_ds.data.sample import SAMPLE_NAME
 from goat_ds.errors import ConfigError, ExportError
 from goat_ds.export import export_adapter, export_exact, find_adapter, read_adapter
 from goat_ds.manifest import write_manifest
-from tests.export.conftest import TOKENS, Trained, become_static, train
+from tests.export.conftest import TOKENS, Trained, become_dense, train
 
 # transformers 5.23 deprecates what PEFT 0.21 asks every model for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -140,7 +140,7 @@ def test_a_damaged_or_absent_file_is_named(trained: Trained) -> None:
 
 
 def test_a_static_adapter_has_no_router_and_gives_the_trained_logits_bit_for_bit(tmp_path: Path) -> None:
-    trained = train(tmp_path, "llama", finish=become_static)
+    trained = train(tmp_path, "llama", finish=become_dense)
     export_adapter(trained.adapter, output=tmp_path / "out")
     adapter = read_adapter(tmp_path / "out")
     assert not adapter.is_routed

@@ -29,7 +29,7 @@ from tests.export.conftest import (
     TOKENS,
     Trained,
     adapt,
-    become_static,
+    become_dense,
     in_4bit,
     store_4bit,
     train,
@@ -550,7 +550,7 @@ def test_a_lora_of_a_base_packed_with_the_residual_is_refused(tmp_path: Path) ->
     "settings", [{}, {"residual": "fold"}, {"adaptive_scale": True}, {"init": "zero"}, {"init": "pissa"}], ids=str
 )
 def test_what_a_dense_finish_leaves_is_merged_without_loss(tmp_path: Path, settings: dict[str, Any]) -> None:
-    trained = train(tmp_path, "llama", finish=become_static, **settings)
+    trained = train(tmp_path, "llama", finish=become_dense, **settings)
     export_dense(trained.adapter, output=tmp_path / "dense")
     export_lora(trained.adapter, output=tmp_path / "lora")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -562,7 +562,7 @@ def test_what_a_dense_finish_leaves_is_merged_without_loss(tmp_path: Path, setti
 
 
 def test_a_dense_adapter_is_compared_where_there_are_tokens(tmp_path: Path) -> None:
-    trained = train(tmp_path, "llama", finish=become_static)
+    trained = train(tmp_path, "llama", finish=become_dense)
     keep_sample(trained.adapter)
     export_dense(trained.adapter, output=tmp_path / "out", fitting=Fitting(max_kl=1e-6))
     report = report_of(tmp_path / "out")
@@ -571,7 +571,7 @@ def test_a_dense_adapter_is_compared_where_there_are_tokens(tmp_path: Path) -> N
 
 
 def test_a_dense_adapter_has_nothing_to_fit(tmp_path: Path) -> None:
-    trained = train(tmp_path, "llama", finish=become_static)
+    trained = train(tmp_path, "llama", finish=become_dense)
     with pytest.raises(ConfigError) as caught:
         fitting = Fitting(fit=Fit.MEAN, calibration=("data.jsonl",), refine_steps=3)
         export_dense(trained.adapter, output=tmp_path / "out", fitting=fitting)

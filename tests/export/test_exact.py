@@ -23,7 +23,7 @@ from tests.export.conftest import (
     TOKENS,
     Trained,
     adapt,
-    become_static,
+    become_dense,
     in_4bit,
     needing_code,
     train,
@@ -137,7 +137,7 @@ def test_every_setting_gives_the_trained_logits_bit_for_bit(tmp_path: Path, sett
     ids=str,
 )
 def test_a_static_adapter_gives_the_trained_logits_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
-    trained = train(tmp_path, "llama", finish=become_static, **settings)
+    trained = train(tmp_path, "llama", finish=become_dense, **settings)
     export_exact(trained.adapter, output=tmp_path / "out")
     assert not any(name.endswith("goat_router") for name in load(tmp_path / "out").state_dict())
     assert torch.equal(logits_of(tmp_path / "out"), trained.logits())
