@@ -61,7 +61,7 @@ class TokenReport(NamedTuple):
         return self.num_read - sum(self.dropped.values())
 
     def lines(self) -> list[str]:
-        """Return it for people, a fact a line."""
+        """Return the report as lines, a fact a line."""
         return [
             f"{self.num_read:,} records read, {self.num_kept:,} kept, {self.num_truncated:,} of them truncated",
             *(f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())),

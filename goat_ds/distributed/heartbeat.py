@@ -310,7 +310,7 @@ class _Watcher:
             thread.join(self._period_s)
 
     def say_goodbye(self) -> None:
-        """Beat once more, so that the others know that this rank's silence is no trouble; the first rank waits for their goodbyes."""
+        """Beat once more, to say that this rank's silence is no trouble; the first rank waits for all goodbyes."""
         if self._store is None or self._threads[0].is_alive():
             return
         try:

@@ -59,7 +59,7 @@ def questions_of(records: Iterable[Record | Dropped]) -> list[Question]:
 
 
 def prompts_of(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Return each question the ids to generate its answer from, which are how its training sequence begins.
+    """Return the ids to generate the answer of each question from, which are how its training sequence begins.
 
     Raises:
         ConfigError: the tokenizer has no EOS, or its chat template refuses conversations: each with its origin.

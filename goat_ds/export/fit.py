@@ -1,4 +1,4 @@
-"""Return every layer of a trained model its dense form, from what its tokens do on the way through the model.
+"""Fit the dense form of every layer of a trained model, from what its tokens do on the way through the model.
 
 Shape letters: O out features, I in features, R total rank.
 """

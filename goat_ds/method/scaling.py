@@ -43,7 +43,7 @@ def expert_scale(scaling: Scaling, *, in_features: int, expert_rank: int, eta: f
 
 
 def adaptive_scales(scale: float, singular_values_ED: Tensor) -> Tensor:
-    """Return every expert its own ``s_e = s sqrt(sum_0 / sum_e)`` (GOAT-s).
+    """Return the scale of every expert, ``s_e = s sqrt(sum_0 / sum_e)`` (GOAT-s).
 
     Args:
         scale: ``s`` of the layer.

@@ -1,4 +1,4 @@
-"""Return each expert its own segment of a weight's singular spectrum (arXiv 2502.16894, eq. 13 and 19).
+"""Start each expert on its own segment of a weight's singular spectrum (arXiv 2502.16894, eq. 13 and 19).
 
 Shape letters: O out features, I in features, Q = min(O, I), L = max(O, I), E experts, R total rank, D = R / E, W wanted
 directions.
@@ -56,7 +56,7 @@ class Factors(NamedTuple):
 
 
 def segment_problem(*, out_features: int, in_features: int, num_experts: int, r: int) -> str | None:
-    """Return why a layer is too small for its experts, or None: each segment must hold ``r / num_experts`` directions."""
+    """Return why a layer is too small for its experts, or None: a segment must hold ``r / num_experts`` directions."""
     segment = min(out_features, in_features) // num_experts
     needed = r // num_experts
     if needed <= segment:

@@ -264,7 +264,7 @@ def _hand_out(
     adapter_name: str,
     recipe: Recipe | None,
 ) -> None:
-    """Return every rank its shards of what one rank has made. A collective."""
+    """Send every rank its shards of what one rank has made. A collective."""
     if work.item is not None:
         work.item.experts.ready = True
     folds = work.item is not None and work.item.experts.folds
@@ -282,7 +282,7 @@ def _hand_out(
 
 
 def seed_of(seed: int, name: str) -> int:
-    """Return something random its own generator: neighbouring seeds and names share nothing."""
+    """Return the seed of a generator of its own: neighbouring seeds and names share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
 
 

@@ -95,7 +95,7 @@ def finish_densely(
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> Finish:
-    """Return the model of an engine its dense form and to a new engine, which goes on training. A collective.
+    """Make the experts of an engine dense, and return a new engine that trains them on. A collective.
 
     Args:
         engine: Between two steps; of no use afterwards.

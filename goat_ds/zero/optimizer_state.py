@@ -116,7 +116,7 @@ def _adam_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 def _begin(engine: DeepSpeedEngine) -> None:
-    """Return Adam the state that its first step would."""
+    """Make the state of Adam that its first step would make."""
     is_torch = isinstance(engine.basic_optimizer, torch.optim.Adam)
     for flat in _adam_tensors(engine):
         adam_state = engine.basic_optimizer.state[flat]

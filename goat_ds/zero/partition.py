@@ -138,7 +138,7 @@ def written_by(world_rank: int, parameters: Iterable[nn.Parameter]) -> Iterator[
 
 @torch.no_grad()
 def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> list[Tensor]:
-    """Return parameters of one dtype the values that one rank has. A collective: one broadcast.
+    """Fill parameters of one dtype with the values that one rank has. A collective: one broadcast.
 
     Args:
         world_rank: Who has the values.
