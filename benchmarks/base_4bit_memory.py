@@ -42,7 +42,7 @@ from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner import layer as layers
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
-from goat_ds.tuner.model import linear_shape, named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing
 from goat_ds.zero import decompose as starts
 from goat_ds.zero import ds_config, partition, quantize
@@ -156,7 +156,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> 
         model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
         starts.init_adapter(
             model,
-            engines.ADAPTER_NAME,
+            ADAPTER_NAME,
             seed=0,
             cache=None,
             recipe=quantize.recipe_of(quantization, engine_config=engine_config),
@@ -165,7 +165,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> 
 
     model, peak = watched(load, base_folder)
     loaded = quantize.measure(model)
-    experts = [item.experts for item in named_experts(model, engines.ADAPTER_NAME)]
+    experts = [item.experts for item in named_experts(model, ADAPTER_NAME)]
     of_experts = sum(partition.resident_bytes(parameter) for item in experts for parameter in item.parameters())
     engine = engines.build_engine(
         model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)

@@ -33,6 +33,7 @@ from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
+from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
@@ -118,7 +119,7 @@ def engine_of(base_folder: Path, engine_config: dict[str, Any]) -> Any:
         engine_config=engine_config,
     )
     model = engines.attach_experts(base, GoatConfig(), engine_config=engine_config)
-    init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None)
+    init_adapter(model, ADAPTER_NAME, seed=0, cache=None)
     return engines.build_engine(
         model, engine_config=engine_config, schedule=lambda optimizer: get_scheduler("constant", optimizer)
     )

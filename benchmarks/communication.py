@@ -40,7 +40,7 @@ from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.decompose import StoredExperts, init_adapter
@@ -240,10 +240,10 @@ def with_goat(base: Any, engine_config: dict[str, Any]) -> PeftModel:
     model = engines.attach_experts(base, GoatConfig(r=R, num_experts=NUM_EXPERTS), engine_config=engine_config)
     start = StoredExperts(0, {
         f"{item.path}.goat_{name}": torch.randn(partition.full_shape(parameter), dtype=torch.bfloat16) / 64
-        for item in named_experts(model, engines.ADAPTER_NAME)
+        for item in named_experts(model, ADAPTER_NAME)
         for name, parameter in item.experts.named_parameters()
     } if ranks.is_first() else None)  # fmt: skip
-    init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=None, stored=start)
+    init_adapter(model, ADAPTER_NAME, seed=0, cache=None, stored=start)
     return model
 
 

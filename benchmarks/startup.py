@@ -27,7 +27,7 @@ from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.decompose import init_adapter
@@ -84,7 +84,7 @@ def measure(base_folder: Path, *, repeats: int) -> list[results.Row]:
     ours: dict[str, list[float]] = {name: [] for name in TARGETS}
 
     def start() -> None:
-        init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
+        init_adapter(model, ADAPTER_NAME, seed=0, cache=cache)
 
     for _ in range(repeats):
         rival.append(timed(lambda: decompose_everything(model)))
@@ -109,7 +109,7 @@ def row(name: str, ours: list[float], rival: list[float]) -> results.Row:
 
 def decompose_everything(model: Any) -> None:
     """Do on this rank what an SVD start without sharing does on each."""
-    for item in named_experts(model, engines.ADAPTER_NAME):
+    for item in named_experts(model, ADAPTER_NAME):
         weight = item.layer.get_base_layer().weight
         with partition.gathered([weight]):
             torch.linalg.svd(weight.detach().float(), full_matrices=False)

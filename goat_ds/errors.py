@@ -55,6 +55,11 @@ class ExportError(GoatError, RuntimeError):
     """A checkpoint cannot leave as asked."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name: what one line of a message has room for."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def raised_everywhere(*problems: str) -> ConfigError:
     """Return an error that every rank of the run raises alike, so that one of them says it."""
     error = ConfigError(*problems)

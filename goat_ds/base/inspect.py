@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from goat_ds.base.authors_code import authors_code, config_as_stored
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,6 @@ def inspect(
             "with it; move the adapter's files out of the folder, or merge the adapter into the base first"
         )
     return Base(model, config, revision, trust_remote_code)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tokens_in_use(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:

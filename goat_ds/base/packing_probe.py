@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from goat_ds.base.inspect import Base, first_line
+from goat_ds.base.inspect import Base
+from goat_ds.errors import first_line
 
 # Far above fp32 rounding (some 1e-6 of the logits' scale), far below what one visible foreign token does.
 LEAK = 1e-4

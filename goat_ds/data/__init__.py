@@ -15,7 +15,6 @@ from goat_ds.data.packing import Packed, PackReport, pack, pack_dataset
 from goat_ds.data.sampler import BatchPlan, GlobalBatch
 from goat_ds.data.sources import check_sources, load_records
 from goat_ds.data.tokens import (
-    IGNORE,
     Tokenised,
     TokenReport,
     content_digest,
@@ -24,6 +23,7 @@ from goat_ds.data.tokens import (
     stop_ids,
     tokenise,
 )
+from goat_ds.tuner.model import IGNORE
 
 __all__ = [
     "IGNORE",

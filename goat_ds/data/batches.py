@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from goat_ds.data.sampler import BatchPlan, GlobalBatch, Pack, deal
-from goat_ds.data.tokens import IGNORE
+from goat_ds.tuner.model import IGNORE
 
 
 class MicroBatch(NamedTuple):

@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from goat_ds.data.batches import MicroBatch
+from goat_ds.tuner.model import IGNORE
 
-IGNORED = -100
-"""Target of a position that does not count, as torch has it."""
 CHUNK_VALUES = 2**22
 """Logits that are computed with at once: 16 MiB in fp32."""
 
@@ -55,7 +54,7 @@ def cross_entropy_sum(logits_LV: Tensor, targets_L: Tensor) -> Tensor:
 
     Args:
         logits_LV: In any float dtype; nothing may need their values after backward has begun.
-        targets_L: A token for each, or ``IGNORED``; there may be none.
+        targets_L: A token for each, or ``IGNORE``; there may be none.
     """
     loss: Tensor = _CrossEntropySum.apply(logits_LV, targets_L)
     return loss
@@ -76,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx.save_for_backward(logits_LV, targets_L)
         dtype = _wide(logits_LV)
         sums = [
-            functional.cross_entropy(logits_CV.to(dtype), targets_C, ignore_index=IGNORED, reduction="sum")
+            functional.cross_entropy(logits_CV.to(dtype), targets_C, ignore_index=IGNORE, reduction="sum")
             for logits_CV, targets_C in in_chunks(logits_LV, targets_L)
         ]
         return torch.stack(sums).sum()
@@ -92,7 +91,7 @@ class _CrossEntropySum(torch.autograd.Function):
             error_CV = gradient_CV.softmax(dim=-1, dtype=_wide(logits_LV))
             error_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp_min(0)] -= 1
             # Scaled before it is rounded: a loss scale keeps small values from becoming 0 in fp16.
-            gradient_CV.copy_(error_CV.mul_(grad * (targets_C != IGNORED)[:, None]))
+            gradient_CV.copy_(error_CV.mul_(grad * (targets_C != IGNORE)[:, None]))
         return gradient_LV, None
 
 

@@ -15,8 +15,9 @@ from datasets import Dataset, Features
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from goat_ds.data.tokens import FEATURES, IGNORE
+from goat_ds.data.tokens import FEATURES
 from goat_ds.errors import ExportError
+from goat_ds.tuner.model import IGNORE
 
 SAMPLE_NAME = "calibration.safetensors"
 """Name of the file in a checkpoint's folder."""

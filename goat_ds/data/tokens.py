@@ -24,10 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from goat_ds.data.formats import Dropped, DropReason, Message, Record, first_problems
 from goat_ds.data.layout import Layout, Layouter
-from goat_ds.errors import ConfigError, raise_if_any
-
-IGNORE = -100
-"""The label of a position that no loss is taken at; PyTorch's and transformers' own ignore index."""
+from goat_ds.errors import ConfigError, first_line, raise_if_any
+from goat_ds.tuner.model import IGNORE
 
 FEATURES = Features(
     {
@@ -158,7 +156,7 @@ def load_tokenizer(model: str, *, revision: str = "main", trust_remote_code: boo
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model ({model}) has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model ({model}) has no usable tokenizer: {first_line(error)}") from error
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

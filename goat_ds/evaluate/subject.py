@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from goat_ds.base.inspect import Base, first_line, inspect
+from goat_ds.base.inspect import Base, inspect
 from goat_ds.data import load_tokenizer
 from goat_ds.distributed import ranks
-from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.errors import ConfigError, first_line, raise_if_any
 from goat_ds.evaluate.settings import Dtype, EvalSettings
 from goat_ds.export import Adapter, find_adapter, read_adapter
 from goat_ds.export.adapter_file import CONFIG_NAME

@@ -25,9 +25,9 @@ from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Factors, Init
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.layer import GoatExperts, GoatLayer
-from goat_ds.tuner.model import GoatModel, named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, GoatModel, named_experts
 
-TRAINED, DENSE = "default", "dense"
+TRAINED, DENSE = ADAPTER_NAME, "dense"
 
 
 def base_model(adapter: Adapter, base: StoredBase, tensors: list[BaseTensor], *, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,11 +13,9 @@ from torch import nn
 from goat_ds.base.inspect import Base
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.config import GoatConfig
-from goat_ds.tuner.model import linear_shape, named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear
 from goat_ds.zero.waves import cost_of
-
-ADAPTER_NAME = "default"
 
 
 class Kind(Enum):

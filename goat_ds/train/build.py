@@ -14,6 +14,7 @@ from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import Inputs
 from goat_ds.train.resume import allow_or_refuse
 from goat_ds.tuner.fit_sums import dense_goat_config
+from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import engine as engines
 from goat_ds.zero.checkpoint import Checkpoint, stored_experts
@@ -41,7 +42,7 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
     model = engines.attach_experts(base, goat, engine_config=engine_config)
     report = init_adapter(
         model,
-        engines.ADAPTER_NAME,
+        ADAPTER_NAME,
         seed=config.seed,
         cache=Path(config.svd_cache),
         recipe=recipe_of(config.quantization(), engine_config=engine_config),
@@ -69,7 +70,7 @@ def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> 
     Raises:
         ConfigError: the weights are others; where there is no fingerprint, because they came in 4 bits, the name is.
     """
-    found = model.peft_config[engines.ADAPTER_NAME].base_fingerprint
+    found = model.peft_config[ADAPTER_NAME].base_fingerprint
     expected, name = checkpoint.adapter.get("base_fingerprint"), checkpoint.run["settings"]["model"]
     if expected and found != expected:
         change = f"model ({config.base_name}) has other weights than the base that the run began with; give that base"

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from goat_ds import demo
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, first_line
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.train.config import MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
@@ -116,7 +116,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"config ({path}) cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"config ({path}) cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config ({path}) must hold 'name: value' lines")
     return content

@@ -41,6 +41,12 @@ class NamedExperts(NamedTuple):
     experts: GoatExperts
 
 
+IGNORE = -100
+"""The label of a position that no loss is taken at; PyTorch's and transformers' own ignore index."""
+ADAPTER_NAME = "default"
+"""PEFT's name for the first adapter of a model."""
+
+
 class GoatModel(BaseTuner):
     """Puts GOAT experts on the layers a ``GoatConfig`` names.
 
@@ -169,7 +175,7 @@ class GoatModel(BaseTuner):
         out_features, in_features = linear_shape(base)
         experts = GoatExperts(
             peft_config,
-            name=current_key if adapter_name == "default" else f"{current_key}.{adapter_name}",
+            name=current_key if adapter_name == ADAPTER_NAME else f"{current_key}.{adapter_name}",
             in_features=in_features,
             out_features=out_features,
             like=_like(base),
@@ -341,7 +347,7 @@ class GoatModel(BaseTuner):
                 targets = targets[..., 1:]
         if targets is None or num_items is None:
             return 1.0
-        return (targets != -100).sum() / num_items
+        return (targets != IGNORE).sum() / num_items
 
     def _shifts_labels(self) -> bool:
         """Return whether the base's loss leaves out the first token of a sequence, which is nobody's target."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, first_line
 
 QUANT_TYPES = ("nf4", "fp4")
 """bitsandbytes' names of the 16 values."""
@@ -70,14 +70,10 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes as library
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"a 4-bit base needs bitsandbytes, which does not load ({_first_line(error)}); install bitsandbytes, or "
+            f"a 4-bit base needs bitsandbytes, which does not load ({first_line(error)}); install bitsandbytes, or "
             "use an unquantised base"
         ) from error
     return library
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_backend(device: torch.device) -> None:
@@ -95,7 +91,7 @@ def check_backend(device: torch.device) -> None:
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise ConfigError(
             f"a 4-bit base: bitsandbytes {library.__version__} has no working back end for {device.type} "
-            f"({_first_line(error)}); see 'python -m bitsandbytes', or use an unquantised base"
+            f"({first_line(error)}); see 'python -m bitsandbytes', or use an unquantised base"
         ) from error
     if not works:
         raise ConfigError(f"a 4-bit base: bitsandbytes {library.__version__} gives wrong values on {device.type}")

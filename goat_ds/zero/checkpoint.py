@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, SaveError, raised_everywhere
 from goat_ds.manifest import damages, write_manifest
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import partition
 from goat_ds.zero.decompose import StoredExperts
-from goat_ds.zero.engine import ADAPTER_NAME, peft_model, resume_schedule
+from goat_ds.zero.engine import peft_model, resume_schedule
 from goat_ds.zero.optimizer_state import MOMENTS, TensorState, read_state, write_state
 
 ADAPTER_FOLDER = "adapter"

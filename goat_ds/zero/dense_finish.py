@@ -32,7 +32,7 @@ from goat_ds.errors import ConfigError, TrainingError
 from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, FitSums, fit_dense, is_finite
 from goat_ds.tuner.fit_sums import dense_goat_config, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
@@ -106,7 +106,7 @@ def finish_densely(
     """
     began = time.monotonic()
     model, num_steps = engines.peft_model(engine), engine.lr_scheduler.last_epoch
-    layers = {item.path: item.experts for item in named_experts(model, engines.ADAPTER_NAME)}
+    layers = {item.path: item.experts for item in named_experts(model, ADAPTER_NAME)}
     engine.eval()
     kept = _fit_all(engine, layers, run, counts)
     engines.destroy(engine)
@@ -152,12 +152,12 @@ def check_enough(model: PeftModel, num_tokens: int) -> None:
 
 
 def _widest(model: PeftModel) -> int:
-    return max(item.experts.in_features for item in named_experts(model, engines.ADAPTER_NAME))
+    return max(item.experts.in_features for item in named_experts(model, ADAPTER_NAME))
 
 
 def train_in_units_of_a(model: PeftModel) -> None:
     """Divide the gradient of every layer's dense ``A'`` by E, from here on; for a model without an engine."""
-    for item in named_experts(model, engines.ADAPTER_NAME):
+    for item in named_experts(model, ADAPTER_NAME):
         item.experts.A.register_hook(partial(torch.mul, other=1 / item.experts.config.num_experts))
 
 
@@ -235,7 +235,7 @@ def _on_host(state: TensorState) -> TensorState:
 
 def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
     configs: dict[str, Any] = model.peft_config
-    config = configs[engines.ADAPTER_NAME] = dense_goat_config(configs[engines.ADAPTER_NAME])
+    config = configs[ADAPTER_NAME] = dense_goat_config(configs[ADAPTER_NAME])
     for experts in layers.values():
         experts.become_dense(config)
 

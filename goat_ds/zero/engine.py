@@ -20,12 +20,11 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
 from goat_ds.zero import ds_config, partition, quantize, recompute
 from goat_ds.zero.ds_config import Precision
 
-ADAPTER_NAME = "default"
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
 

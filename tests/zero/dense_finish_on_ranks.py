@@ -19,7 +19,7 @@ from goat_ds.train.data import batch_plan, load_all_tokens
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.objective import label_loss_sum, objective
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero.dense_finish import finish_densely
 from goat_ds.zero.optimizer_state import read_state, write_state
@@ -54,7 +54,7 @@ def main() -> None:
         losses()
 
     train_on(0, 3)
-    experts = [item.experts for item in named_experts(model, engines.ADAPTER_NAME)]
+    experts = [item.experts for item in named_experts(model, ADAPTER_NAME)]
     for one in experts:
         state = read_state(engine, one.router)
         # Every token has the gates 1/E.

@@ -27,7 +27,7 @@ from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
 from goat_ds.tuner import layer as tuner_layer
 from goat_ds.tuner.base_quantization import plain_path
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.tuner.quantized import QuantizedLinear
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
@@ -138,7 +138,7 @@ def bytes_of_experts(model: torch.nn.Module) -> int:
     """Give what an adapter takes beside the base on this rank: its shards, and one layer's experts whole."""
     layers = [
         sum(2 * partition.full_shape(parameter).numel() for parameter in item.experts.parameters())
-        for item in named_experts(model, engines.ADAPTER_NAME)
+        for item in named_experts(model, ADAPTER_NAME)
     ]
     return sum(layers) // torch.distributed.get_world_size() + 2 * max(layers)
 

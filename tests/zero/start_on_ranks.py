@@ -19,7 +19,7 @@ from goat_ds.distributed import ranks
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import decompose, partition
 from goat_ds.zero import engine as engines
 from goat_ds.zero.engine import Attention
@@ -37,9 +37,9 @@ def main() -> None:
     )
     model = engines.attach_experts(base, GoatConfig(r=16, num_experts=4), engine_config=filled)
     held, work = watch_whole_weights(), watch_work()
-    report = decompose.init_adapter(model, engines.ADAPTER_NAME, seed=0, cache=cache)
+    report = decompose.init_adapter(model, ADAPTER_NAME, seed=0, cache=cache)
     factors = {}
-    for item in named_experts(model, engines.ADAPTER_NAME):
+    for item in named_experts(model, ADAPTER_NAME):
         with partition.gathered(item.experts.parameters()):
             for name, parameter in item.experts.named_parameters():
                 factors[f"{item.path}.{name}"] = parameter.detach().clone()

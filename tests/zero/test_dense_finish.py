@@ -16,10 +16,9 @@ from goat_ds.data import BatchPlan
 from goat_ds.export import export_exact, read_adapter
 from goat_ds.method.dense_fit import FitSums
 from goat_ds.train.data import num_tokens_until
-from goat_ds.tuner.model import named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import dense_finish
 from goat_ds.zero.dense_finish import check_enough
-from goat_ds.zero.engine import ADAPTER_NAME
 from goat_ds.zero.optimizer_state import TensorState
 from tests.launching import losses_of, metrics_of, run_many, run_ranks
 from tests.models import causal_lm, token_ids

@@ -7,6 +7,7 @@ import torch
 
 from goat_ds import GoatConfig, demo
 from goat_ds.base.inspect import inspect
+from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.zero import engine as engines
 from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention, Checkpointing
@@ -23,7 +24,7 @@ def model_with(checkpointing: Checkpointing) -> Any:
         base, GoatConfig(r=16, num_experts=4, task_type="CAUSAL_LM"), engine_config=STAGE_1
     )
     torch.manual_seed(0)
-    model.base_model.start(engines.ADAPTER_NAME)
+    model.base_model.start(ADAPTER_NAME)
     engines.enable_checkpointing(model, checkpointing)
     return model
 
