@@ -21,7 +21,10 @@ from goat_ds.plan.skeleton import Kind, build
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import plan_problems
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
+from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.tuner.quantized import Packing, code_of_statistics
+from goat_ds.zero import decompose
+from goat_ds.zero.waves import waves
 from tests.launching import REPOSITORY
 from tests.models import CAUSAL_LMS, causal_lm
 from tests.plan.helpers import config_only, planner, settings
@@ -334,3 +337,15 @@ def test_a_config_that_cannot_be_had_is_asked_for_once(tmp_path: Path, monkeypat
     monkeypatch.setattr("goat_ds.base.inspect.config_as_stored", refuse)
     (problem,) = plan_problems(read_inputs(settings(tmp_path, base="some/base"), world_size=1))
     assert "no network" in problem and asked == ["some/base"]
+
+
+def test_a_plan_deals_the_layers_out_as_a_run_does(tmp_path: Path) -> None:
+    goat = {"r": 8, "num_experts": 4}
+    model = get_peft_model(causal_lm(), GoatConfig(**goat, deferred=True))
+    works = list(decompose._works(model, ADAPTER_NAME, None))
+    dealt = waves(works, cost=decompose._cost, world_size=3)
+    in_run = [[(work.path.removeprefix("base_model.model."), rank) for work, rank in wave] for wave in dealt]
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
+    skeleton = build(inspect(config_only(tmp_path)), GoatConfig(**goat), attention="sdpa", quantization=None, **bf16)
+    in_plan = [list(wave) for wave in waves(list(skeleton.weights), cost=skeleton.cost, world_size=3)]
+    assert in_plan == in_run
