@@ -37,6 +37,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from goat_ds import GoatConfig
 from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
+from goat_ds.precision import Precision
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
@@ -45,8 +46,8 @@ from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.model import ADAPTER_NAME, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing
 from goat_ds.zero import decompose as starts
-from goat_ds.zero import ds_config, partition, quantize
 from goat_ds.zero import engine as engines
+from goat_ds.zero import partition, quantize
 
 OURS = {"mapped": "mapped files", "shards": "16-bit shards"}
 RIVAL = "hf"
@@ -148,7 +149,7 @@ def by_us(base_folder: Path, engine_config: dict[str, Any], *, mapped: bool) -> 
     def load(folder: Path) -> Any:
         base = engines.load_base(
             inspect(str(folder)),
-            precision=ds_config.Precision.BF16,
+            precision=Precision.BF16,
             attention=engines.Attention.SDPA,
             engine_config=engine_config,
             quantization=quantization if mapped else None,

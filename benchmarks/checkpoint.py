@@ -30,6 +30,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, get_scheduler
 from goat_ds import GoatConfig
 from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
+from goat_ds.precision import Precision
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
@@ -38,7 +39,6 @@ from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.checkpoint import ADAPTER_FOLDER, save_checkpoint
 from goat_ds.zero.decompose import init_adapter
-from goat_ds.zero.ds_config import Precision
 
 RIVAL, OURS = "DeepSpeed", "ours"
 SAVE_STEPS = 50

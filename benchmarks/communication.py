@@ -37,6 +37,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, get_schedule
 from goat_ds import GoatConfig
 from goat_ds.base.inspect import inspect
 from goat_ds.distributed import ranks
+from goat_ds.precision import Precision
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import join_ranks
 from goat_ds.train.inputs import read_inputs
@@ -44,7 +45,6 @@ from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.decompose import StoredExperts, init_adapter
-from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Checkpointing
 
 BYTES_TARGET = 1.02

@@ -7,6 +7,8 @@ import logging
 
 # PEFT imports bitsandbytes, which then advises, once a process, to install a CPU kernel for generation.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# As a library it shows nothing by itself; its programs do.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_CONFIG_MAPPING,

@@ -2,7 +2,7 @@
 
 import sys
 
-from goat_ds.train.run import main
+from goat_ds.cli.train import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from transformers import LlamaConfig
 
 from goat_ds import GoatConfig
 from goat_ds.base.inspect import inspect
+from goat_ds.cli.evaluate import settings_from
 from goat_ds.plan.skeleton import Kind, Skeleton, build
 from goat_ds.train.cli import parse
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -82,7 +82,7 @@ def test_export_commands_are_understood(flags: list[str]) -> None:
 
 @pytest.mark.parametrize("flags", after("launch/evaluate.py"), ids=" ".join)
 def test_evaluation_commands_are_understood(flags: list[str]) -> None:
-    settings = runpy.run_path(str(REPOSITORY / "launch" / "evaluate.py"))["settings_from"](flags)
+    settings = settings_from(flags)
     # The folder of tasks is not here.
     assert [problem for problem in settings.problems() if "is no folder" not in problem] == []
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "goat_ds"
-LOWEST = {"errors", "manifest"}
+LOWEST = {"errors", "manifest", "precision"}
 UP_TO_TUNER = LOWEST | {"distributed", "method", "tuner"}
 UP_TO_BASE = UP_TO_TUNER | {"data", "base"}
 MAY_IMPORT = {
     "errors": set(),
+    "precision": set(),
+    "arguments": {"errors"},
     "manifest": {"errors"},
     "distributed": LOWEST,
     "method": {"errors"},
@@ -22,10 +24,11 @@ MAY_IMPORT = {
     "base": UP_TO_TUNER | {"data"},
     "zero": UP_TO_BASE,
     "export": UP_TO_BASE | {"front door"},
-    "evaluate": UP_TO_BASE | {"export", "front door"},
+    "evaluate": UP_TO_BASE | {"arguments", "export", "front door"},
     "plan": UP_TO_BASE | {"zero", "front door"},
-    "train": UP_TO_BASE | {"zero", "plan", "demo", "front door"},
+    "train": UP_TO_BASE | {"arguments", "zero", "plan", "demo", "front door"},
     "demo": {"errors"},
+    "cli": UP_TO_BASE | {"arguments", "zero", "train", "export", "evaluate", "plan", "demo", "front door"},
     "front door": UP_TO_BASE | {"zero", "train", "export", "evaluate", "plan", "demo"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -30,6 +30,11 @@ def heldout_data() -> Path:
     return _shipped("data/heldout.jsonl")
 
 
+def exam_path() -> Path:
+    """Return the script that questions a model; it needs nothing of goat_ds."""
+    return _shipped("exam.py")
+
+
 def settings() -> Path:
     """Return the settings of a run on this data, a YAML file as ``--config`` takes it."""
     return _shipped("run.yaml")

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
-from tqdm import tqdm
 
 from goat_ds.errors import ConfigError, TrainingError
 
@@ -195,10 +194,3 @@ def first_on_node_then_others(work: Callable[[], T]) -> T:
     first = agree(lambda: work() if is_first_on_node() else None)
     then = agree(lambda: None if is_first_on_node() else work())
     return first if is_first_on_node() else then  # type: ignore[return-value]
-
-
-def say(*lines: str) -> None:
-    """Print on the first rank, beside its progress bars."""
-    if is_first():
-        for line in lines:
-            tqdm.write(line)

@@ -86,7 +86,8 @@ def prepare(settings: EvalSettings, *, scratch: Path) -> Prepared:
     subject = _tried(lambda: find_subject(settings), problems)
     tokenizer = _tried(subject.tokenizer, problems) if subject else None
     records = _tried(lambda: read_records(settings), problems) or []
-    tasks = _tried(lambda: find_tasks(settings.tasks, settings.include_path), problems) if settings.tasks else None
+    wanted = settings.tasks
+    tasks = _tried(lambda: find_tasks(wanted, settings.include_path), problems) if wanted else None
     rows = prompts = choices = None
     if subject and asked:
         problems += row_problems(settings, subject)
@@ -132,7 +133,7 @@ def read_records(settings: EvalSettings) -> list[Record | Dropped]:
     Raises:
         ConfigError: something is wrong with the data.
     """
-    items = list(load_records(settings.data, data_format=settings.data_format, split=settings.split))
+    items = list(load_records(settings.data or (), data_format=settings.data_format, split=settings.split))
     if settings.limit is None:
         return items
     places = [place for place, item in enumerate(items) if isinstance(item, Record)]
@@ -173,7 +174,7 @@ def offer(
     questions: list[Question], tokenizer: PreTrainedTokenizerBase, subject: Subject, settings: EvalSettings
 ) -> Choices:
     """Lay out every question with every choice."""
-    texts = choices_of(questions, settings.choices)
+    texts = choices_of(questions, settings.choices or ())
     candidates = candidates_of(questions, texts, tokenizer)
     longest = [len(candidate.shared) + max(map(len, candidate.rests)) for candidate in candidates]
     lengths = [(question.origin, length) for question, length in zip(questions, longest, strict=True)]
@@ -217,7 +218,7 @@ def _head(settings: EvalSettings, prepared: Prepared, model: Any) -> Report:
         weights=subject.base.name,
         base_quantization=None if quantization is None else quantization.to_dict(),
         dtype=str(model.dtype).removeprefix("torch."),
-        data=settings.data,
+        data=tuple(settings.data or ()),
         limit=settings.limit,
         num_records=len(prepared.records) - dropped.total(),
         dropped=dict(dropped),

@@ -1,11 +1,13 @@
-"""What is to be judged, on what, and how; every field is a flag of ``launch/evaluate.py`` of the same name."""
+"""What is to be judged, on what, and how; every field is a flag of ``goat-ds evaluate`` of the same name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from goat_ds.arguments import flag, list_flag, required_flag
 from goat_ds.data import DataFormat
+from goat_ds.precision import Precision
 
 
 class Metric(StrEnum):
@@ -23,48 +25,43 @@ class Dtype(StrEnum):
     """Dtype that weights are loaded in; ``auto`` is that of the files, or of training where an adapter records it."""
 
     AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+    BF16 = Precision.BF16.value
+    FP16 = Precision.FP16.value
+    FP32 = Precision.FP32.value
+
+    @property
+    def torch_name(self) -> str:
+        """The name as ``from_pretrained`` takes it."""
+        return str(self) if self is Dtype.AUTO else Precision(self).torch_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """Settings of one evaluation."""
 
-    model: str
-    """Folder or hub name of a model; folder of an adapter, a checkpoint or a run."""
-    base: str | None = None
-    """Folder or hub name of an adapter's base, if it is not where the adapter says."""
-    data: tuple[str, ...] = ()
-    """Files, folders or hub names."""
-    data_format: DataFormat | None = None
-    """Format of all data; recognised by its columns by default."""
-    split: str = "test"
-    """Split of folders and hub data sets."""
-    metrics: tuple[str, ...] | None = None
-    """Members of ``Metric``; None: perplexity and exact match, and choice accuracy where there are choices."""
-    choices: tuple[str, ...] = ()
-    """Answers to choose from, the same for all records; without any, the different answers of the data."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness: names, or YAML files."""
-    include_path: Path | None = None
-    """Folder with task files of one's own."""
-    apply_chat_template: bool = False
-    """Whether the prompts of tasks go through the tokenizer's chat template."""
-    dtype: Dtype = Dtype.AUTO
-    batch_size: int = 8
-    """Sequences in one forward of exact match, choice accuracy and tasks."""
-    max_length: int = 1024
-    """Tokens of the longest record and of a pack, for perplexity."""
-    max_new_tokens: int = 64
-    """Tokens of the longest answer, for exact match."""
-    limit: int | None = None
-    """Only the first so many records, and documents of each task."""
-    trust_remote_code: bool = False
-    """Whether modelling code beside the weights may run."""
-    output: Path | None = None
-    """New JSON file for the report."""
+    model: str = required_flag("a model folder or hub name, an adapter, a checkpoint, or the output_dir of a run")
+    base: str | None = flag(None, "folder or hub name of an adapter's base, if it is not where the adapter says")
+    data: list[str] | None = list_flag("files, folders or hub names; repeatable")
+    data_format: DataFormat | None = flag(None, "format of all data; recognised by its columns by default")
+    split: str = flag("test", "split of folders and hub data sets")
+    metrics: list[str] | None = list_flag(
+        f"of {', '.join(Metric)}; by default the first two, and the last where choices are given",
+        repeatable=False,
+        metavar="METRIC",
+    )
+    choices: list[str] | None = list_flag(
+        "answers to choose from (choice_accuracy); the different answers of the data by default", repeatable=False
+    )
+    tasks: list[str] | None = list_flag("lm-evaluation-harness tasks: names, patterns or YAML files", repeatable=False)
+    include_path: Path | None = flag(None, "folder with task files of your own")
+    apply_chat_template: bool = flag(False, "put the prompts of tasks into the tokenizer's chat template")
+    dtype: Dtype = flag(Dtype.AUTO, "dtype of weights; auto is the files' own, or that of an adapter's training")
+    batch_size: int = flag(8, "sequences in one forward of exact match, choice accuracy and tasks")
+    max_length: int = flag(1024, "tokens of the longest record and of a pack, for perplexity")
+    max_new_tokens: int = flag(64, "tokens of the longest answer, for exact match")
+    limit: int | None = flag(None, "only the first so many records, and documents of each task")
+    trust_remote_code: bool = flag(False, "run the modelling code beside the weights (exact exports)")
+    output: Path | None = flag(None, "new JSON file for the report")
 
     @property
     def asked(self) -> tuple[Metric, ...]:

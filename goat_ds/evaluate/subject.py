@@ -147,7 +147,7 @@ def _whole_subject(settings: EvalSettings) -> Subject:
         adapter=None,
         method=None,
         quantization=None,
-        dtype=str(settings.dtype),
+        dtype=settings.dtype.torch_name,
     )
 
 
@@ -167,7 +167,7 @@ def _adapter_subject(settings: EvalSettings, path: Path) -> Subject:
         adapter=path,
         method=str(getattr(peft_config.peft_type, "value", peft_config.peft_type)),
         quantization=None if is_stored else trained,
-        dtype=trained.dtype if trained and settings.dtype is Dtype.AUTO else str(settings.dtype),
+        dtype=trained.dtype if trained and settings.dtype is Dtype.AUTO else settings.dtype.torch_name,
     )
 
 

@@ -19,7 +19,7 @@ from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.zero import ds_config, sizes
 from goat_ds.zero.ds_config import EngineSettings
-from goat_ds.zero.engine import DTYPES, Attention, Checkpointing, enable_checkpointing
+from goat_ds.zero.engine import Attention, Checkpointing, enable_checkpointing
 from goat_ds.zero.sizes import ZeroSizes
 
 GPU_GIB = (24, 40, 80)
@@ -58,7 +58,7 @@ class PlanSettings:
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and products."""
-        return DTYPES[self.engine.precision]
+        return self.engine.precision.torch_dtype
 
     @property
     def num_tokens(self) -> int:

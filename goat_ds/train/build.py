@@ -1,5 +1,6 @@
 """The engine of a run: its base in shards, experts that start on it or go on from a checkpoint, and a schedule."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from goat_ds.distributed.ranks import say
 from goat_ds.errors import raised_everywhere
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import Inputs
@@ -21,6 +21,8 @@ from goat_ds.zero.checkpoint import Checkpoint, stored_experts
 from goat_ds.zero.decompose import init_adapter
 from goat_ds.zero.dense_finish import train_in_units_of_a
 from goat_ds.zero.quantize import measure, recipe_of
+
+logger = logging.getLogger(__name__)
 
 
 def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
@@ -49,11 +51,11 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
         stored=stored_experts(checkpoint) if checkpoint else None,
     )
     origin = f"from {checkpoint.folder}" if checkpoint else f"{report.num_cached} from the cache"
-    say(f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
+    logger.info(f"GOAT start: {report.num_layers} layers, {origin}, {report.seconds:.1f} s")
     if checkpoint:
         check_same_base(model, config, checkpoint)
     if (held := measure(model)).num_layers:
-        say(str(held))
+        logger.info(held)
     engines.enable_checkpointing(model, config.gradient_checkpointing)
     schedule = schedule_of(config, num_steps=num_steps)
     if is_dense:

@@ -5,19 +5,24 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from enum import EnumType
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from goat_ds import demo
+from goat_ds.arguments import Parsed, mistakes, parse_known
 from goat_ds.errors import ConfigError, first_line
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.train.config import MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
 from goat_ds.tuner.config import Residual
+
+SEVERAL_RANKS = """\
+one process; several ranks, one a GPU, are started by a launcher:
+  deepspeed --num_gpus 8 --module goat_ds.cli.train FLAGS
+  torchrun --nproc-per-node 8 -m -- goat_ds.cli.train FLAGS
+"""
 
 
 def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> TrainConfig:
@@ -34,28 +39,27 @@ def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> Tr
     config_file = _value_of("config", arguments)
     content = _read_yaml(Path(config_file)) if config_file else {}
     given = [*_arguments_of(content, given=arguments), *arguments]
-    config, unknown_flags = _parsed(given)
+    config, unknown_words = _parsed(given)
     if config.is_demo:
         config, _ = _parsed([*_arguments_of(_read_yaml(demo.settings()), given=given), *given])
     unknown_keys = [
         f"config: {config_file}: {key} is not a setting; see --help" for key in content if key not in _NAMES
     ]
-    mistakes = [*unknown_keys, *unknown_flags, *_useless(config, _names_in(given))]
+    found = [*unknown_keys, *mistakes(unknown_words), *_useless(config, _names_in(given))]
     # With a timeout that is none, ranks could not even meet to look for more.
-    if mistakes or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
-        raise ConfigError(*mistakes, *config.problems(required=required))
+    if found or not MIN_TIMEOUT_MINUTES <= config.timeout_minutes <= MAX_TIMEOUT_MINUTES:
+        raise ConfigError(*found, *config.problems(required=required))
     return config
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Return the settings, and what is wrong with flags that are none."""
-    parser = _Parser(_DATACLASS, allow_abbrev=False, description="Train GOAT experts on a frozen base model.")
-    namespace, unknown = parser.parse_known_args(list(arguments))
-    # A word that follows an unknown flag is its value.
-    mistakes = [f"{argument} is not a setting; see --help" for argument in unknown if argument.startswith("--")]
-    mistakes = mistakes or [f"{argument} belongs to no flag; see --help" for argument in unknown]
-    config = TrainConfig(**{f.name: _typed(f, getattr(namespace, f.name)) for f in dataclasses.fields(TrainConfig)})
-    return config, mistakes
+def _parsed(arguments: Sequence[str]) -> Parsed[TrainConfig]:
+    return parse_known(
+        TrainConfig,
+        arguments,
+        program="goat-ds train",
+        description="Train GOAT experts on a frozen base model.",
+        epilog=SEVERAL_RANKS,
+    )
 
 
 def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
@@ -85,20 +89,7 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _typed(setting: dataclasses.Field[Any], value: Any) -> Any:
-    """Turn the text of a choice into its enum member; argparse leaves it as text, even the default."""
-    kinds = [kind for kind in (get_args(setting.type) or (setting.type,)) if isinstance(kind, EnumType)]
-    return kinds[0](value) if kinds and value is not None else value
-
-
-# transformers types its dataclasses in a way that mypy cannot match.
-_DATACLASS: Any = TrainConfig
 _NAMES = frozenset(f.name for f in dataclasses.fields(TrainConfig))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:

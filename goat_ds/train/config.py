@@ -5,22 +5,23 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from goat_ds import demo
+from goat_ds.arguments import flag, list_flag
 from goat_ds.data import DataFormat
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
+from goat_ds.precision import Precision
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import BLOCK_SIZES, Packing
-from goat_ds.zero.ds_config import Precision
-from goat_ds.zero.engine import DTYPES, Attention, Checkpointing
+from goat_ds.zero.engine import Attention, Checkpointing
 
 
 class Schedule(StrEnum):
@@ -76,15 +77,6 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 """Settings, what their values must be, and how that is said."""
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _list_flag(text: str) -> Any:
-    # "extend", so that a repeated flag adds up instead of replacing what was given before.
-    return field(default=None, metadata={"help": text, "action": "extend"})
-
-
 def _cache_folder(name: str) -> str:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(root, "goat_ds", name)
@@ -95,97 +87,99 @@ class TrainConfig:
     """Settings of a run; every default is a working one, and together they train the embedded demo."""
 
     # -- the run
-    config: str | None = _flag(None, "YAML file with any of these settings; the command line wins")
-    output_dir: str | None = _flag(
+    config: str | None = flag(None, "YAML file with any of these settings; the command line wins")
+    output_dir: str | None = flag(
         None, "folder of the run, new or empty: checkpoints, metrics.jsonl; runs/demo for the demo"
     )
-    resume: str | None = _flag(
+    resume: str | None = flag(
         None, "checkpoint to go on from: auto (the newest whole one of output_dir, else from the start) or its folder"
     )
-    allow_changed: bool = _flag(False, "resume although settings changed that make it another run; each is told")
-    seed: int = _flag(0, "seed of routers, dropout and the order of the data")
-    dry_run: bool = _flag(False, "check everything that can be checked without reading weights, then stop")
-    timeout_minutes: float = _flag(30.0, "minutes within which a rank that stops answering ends the run")
-    local_rank: int | None = _flag(None, "place of this process on its node, as the deepspeed launcher passes it")
+    allow_changed: bool = flag(False, "resume although settings changed that make it another run; each is told")
+    seed: int = flag(0, "seed of routers, dropout and the order of the data")
+    dry_run: bool = flag(False, "check everything that can be checked without reading weights, then stop")
+    timeout_minutes: float = flag(30.0, "minutes within which a rank that stops answering ends the run")
+    local_rank: int | None = flag(None, "place of this process on its node, as the deepspeed launcher passes it")
 
     # -- model
-    model: str | None = _flag(None, "base model: folder or hub name; the embedded demo by default")
-    precision: Precision = _flag(Precision.BF16, "dtype of weights and products; master weights are fp32 in each")
-    attn: Attention = _flag(Attention.AUTO, "attention code; auto is FlashAttention-2 where it and a GPU are there")
-    load_in_4bit: bool = _flag(
+    model: str | None = flag(None, "base model: folder or hub name; the embedded demo by default")
+    precision: Precision = flag(Precision.BF16, "dtype of weights and products; master weights are fp32 in each")
+    attn: Attention = flag(Attention.AUTO, "attention code; auto is FlashAttention-2 where it and a GPU are there")
+    load_in_4bit: bool = flag(
         False, "quantise the frozen base to NF4, layer by layer, once experts have started from it"
     )
-    bnb_4bit_blocksize: int = _flag(64, "neighbouring values of a 4-bit weight that share a statistic")
-    bnb_4bit_use_double_quant: bool = _flag(False, "quantise the statistics of 4-bit weights too: 4.13 bits, not 4.5")
-    bnb_4bit_compute_dtype: Precision | None = _flag(
+    bnb_4bit_blocksize: int = flag(64, "neighbouring values of a 4-bit weight that share a statistic")
+    bnb_4bit_use_double_quant: bool = flag(False, "quantise the statistics of 4-bit weights too: 4.13 bits, not 4.5")
+    bnb_4bit_compute_dtype: Precision | None = flag(
         None, "dtype that 4-bit weights are unpacked to and multiplied in; precision by default"
     )
-    keep_in_high_precision: list[str] | None = _list_flag(
+    keep_in_high_precision: list[str] | None = list_flag(
         "names of linear layers, or of modules around them, that load_in_4bit leaves as they are"
     )
-    gradient_checkpointing: Checkpointing = _flag(Checkpointing.NONE, "recompute activations in backward, and how")
+    gradient_checkpointing: Checkpointing = flag(Checkpointing.NONE, "recompute activations in backward, and how")
 
     # -- data
-    data: list[str] | None = _list_flag("training data: files, folders or hub names; repeatable; the demo's by default")
-    eval_data: list[str] | None = _list_flag("held-out data, in the same forms; repeatable")
-    split: str = _flag("train", "split of hub data sets to train on")
-    eval_split: str = _flag("test", "split of hub data sets to evaluate on")
-    data_format: DataFormat | None = _flag(None, "format of all data; recognised by its columns by default")
-    max_length: int = _flag(1024, "tokens of the longest record and of a pack")
-    packing: bool = _flag(True, "fill packs with several records, without attention across them")
-    token_cache: str = _flag(_cache_folder("tokens"), "folder that remembers tokenised data by content")
+    data: list[str] | None = list_flag("training data: files, folders or hub names; repeatable; the demo's by default")
+    eval_data: list[str] | None = list_flag("held-out data, in the same forms; repeatable")
+    split: str = flag("train", "split of hub data sets to train on")
+    eval_split: str = flag("test", "split of hub data sets to evaluate on")
+    data_format: DataFormat | None = flag(None, "format of all data; recognised by its columns by default")
+    max_length: int = flag(1024, "tokens of the longest record and of a pack")
+    packing: bool = flag(True, "fill packs with several records, without attention across them")
+    token_cache: str = flag(_cache_folder("tokens"), "folder that remembers tokenised data by content")
 
     # -- adapter
-    r: int = _flag(32, "total rank of a layer; every expert has r / num_experts")
-    num_experts: int = _flag(8, "experts of a layer")
-    top_k: int = _flag(2, "experts a token uses")
-    init: Init = _flag(Init.GOAT, "where in the spectrum the experts start")
-    scaling: Scaling = _flag(Scaling.THEORY, "formula of the scale s")
-    eta: float = _flag(1.0, "ratio of the learning rates, full fine-tuning to LoRA (theory)")
-    lora_alpha: float = _flag(64.0, "numerator of the scales alpha and rslora")
-    rho: float = _flag(10.0, "divisor of the singular values the experts start from")
-    adaptive_scale: bool = _flag(False, "GOAT-s: scale each expert by its share of the spectrum")
-    residual: Residual = _flag(Residual.LOWRANK, "where the start's mean contribution is taken off")
-    balance_coef: float = _flag(1e-3, "weight of the balance loss, summed over layers")
-    dropout: float = _flag(0.0, "probability that an input of the experts is zeroed")
-    target_modules: list[str] | None = _list_flag(
+    r: int = flag(32, "total rank of a layer; every expert has r / num_experts")
+    num_experts: int = flag(8, "experts of a layer")
+    top_k: int = flag(2, "experts a token uses")
+    init: Init = flag(Init.GOAT, "where in the spectrum the experts start")
+    scaling: Scaling = flag(Scaling.THEORY, "formula of the scale s")
+    eta: float = flag(1.0, "ratio of the learning rates, full fine-tuning to LoRA (theory)")
+    lora_alpha: float = flag(64.0, "numerator of the scales alpha and rslora")
+    rho: float = flag(10.0, "divisor of the singular values the experts start from")
+    adaptive_scale: bool = flag(False, "GOAT-s: scale each expert by its share of the spectrum")
+    residual: Residual = flag(Residual.LOWRANK, "where the start's mean contribution is taken off")
+    balance_coef: float = flag(1e-3, "weight of the balance loss, summed over layers")
+    dropout: float = flag(0.0, "probability that an input of the experts is zeroed")
+    target_modules: list[str] | None = list_flag(
         "names of the layers to adapt, or one regular expression of whole paths; all-linear by default"
     )
-    exclude_modules: list[str] | None = _list_flag(
+    exclude_modules: list[str] | None = list_flag(
         "names of layers to leave out, or one regular expression of whole paths"
     )
-    svd_cache: str = _flag(_cache_folder("svd"), "folder that remembers decompositions by content")
+    svd_cache: str = flag(_cache_folder("svd"), "folder that remembers decompositions by content")
 
     # -- optimisation
-    ds_config: str | None = _flag(None, "DeepSpeed config file, such as ds_configs/zero3.json (required)")
-    max_steps: int = _flag(0, "steps of the run; 0 means num_epochs decides")
-    num_epochs: float = _flag(3.0, "passes over the data, when max_steps is 0")
-    micro_batch_size: int = _flag(1, "packs in one forward of one rank")
-    grad_accum_steps: int = _flag(1, "forwards of one rank in one step")
-    learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
-    lr_scheduler: Schedule = _flag(Schedule.COSINE, "schedule after warm-up; constant is without any")
-    warmup_steps: int | None = _flag(None, "steps of linear warm-up; 100 by default, or a tenth of a shorter run")
-    weight_decay: float = _flag(0.0, "AdamW's decoupled decay")
-    adam_beta1: float = _flag(0.9, "decay of AdamW's first moment")
-    adam_beta2: float = _flag(0.999, "decay of AdamW's second moment")
-    adam_eps: float = _flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _flag(1.0, "norm the gradient is clipped to; 0 switches clipping off")
-    dense_finish: float = _flag(
+    ds_config: str | None = flag(
+        None, "DeepSpeed config: a file, or a shipped one by its name, such as zero3 (required)"
+    )
+    max_steps: int = flag(0, "steps of the run; 0 means num_epochs decides")
+    num_epochs: float = flag(3.0, "passes over the data, when max_steps is 0")
+    micro_batch_size: int = flag(1, "packs in one forward of one rank")
+    grad_accum_steps: int = flag(1, "forwards of one rank in one step")
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: Schedule = flag(Schedule.COSINE, "schedule after warm-up; constant is without any")
+    warmup_steps: int | None = flag(None, "steps of linear warm-up; 100 by default, or a tenth of a shorter run")
+    weight_decay: float = flag(0.0, "AdamW's decoupled decay")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_eps: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "norm the gradient is clipped to; 0 switches clipping off")
+    dense_finish: float = flag(
         0.0, "share of the run after which experts become dense and train on without routers; 0 means never"
     )
 
     # -- watching
-    log_steps: int = _flag(1, "steps between lines of metrics.jsonl")
-    router_log_steps: int = _flag(10, "steps between lines of routers.jsonl (load of every expert of every layer)")
-    eval_steps: int = _flag(0, "steps between evaluations; 0 means only at the end")
-    save_steps: int = _flag(0, "steps between checkpoints; 0 means only at the end")
-    save_total_limit: int = _flag(
+    log_steps: int = flag(1, "steps between lines of metrics.jsonl")
+    router_log_steps: int = flag(10, "steps between lines of routers.jsonl (load of every expert of every layer)")
+    eval_steps: int = flag(0, "steps between evaluations; 0 means only at the end")
+    save_steps: int = flag(0, "steps between checkpoints; 0 means only at the end")
+    save_total_limit: int = flag(
         0, "checkpoints to keep: the newest so many, and the one with the best eval_loss; 0 keeps all"
     )
-    on_save_error: OnSaveError = _flag(
+    on_save_error: OnSaveError = flag(
         OnSaveError.STOP, "what a checkpoint that cannot be written does; the last one always stops the run"
     )
-    calibration_sample_tokens: int = _flag(
+    calibration_sample_tokens: int = flag(
         NUM_TOKENS, "tokens of the training data that a checkpoint keeps to fit exports on; 0 keeps none"
     )
 
@@ -205,12 +199,12 @@ class TrainConfig:
         """Return how the base becomes 4-bit; None: not at all."""
         if not self.load_in_4bit:
             return None
-        dtype = str(DTYPES[self.precision]).removeprefix("torch.")
+        dtype = self.precision.torch_name
         return BaseQuantization(
             packing=Packing(block_size=self.bnb_4bit_blocksize, double_quant=self.bnb_4bit_use_double_quant),
             dtype=dtype,
             weight_dtype=dtype,
-            compute_dtype=str(DTYPES[self.bnb_4bit_compute_dtype or self.precision]).removeprefix("torch."),
+            compute_dtype=(self.bnb_4bit_compute_dtype or self.precision).torch_name,
             kept=tuple(self.keep_in_high_precision or ()),
         )
 

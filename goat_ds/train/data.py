@@ -1,5 +1,6 @@
 """The data of a run: tokenised once a node, packed, and dealt into global batches."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +10,11 @@ from datasets import Dataset
 from goat_ds.data import BatchPlan, Packed, Tokenised, content_digest, pack_dataset, prepare
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
 from goat_ds.distributed import ranks
-from goat_ds.distributed.ranks import say
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import Inputs
+
+logger = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -60,7 +62,8 @@ def _packed(config: TrainConfig, sources: Sequence[str], tokenised: Tokenised) -
     packed = pack_dataset(tokenised.dataset, max_length=config.max_length, packing=config.packing)
     if not ranks.is_same_everywhere(f"{tokenised.report} {packed.num_labels}"):
         raise ConfigError(f"data ({', '.join(sources)}) is not the same on every node; copy the same files to all")
-    say(f"data: {', '.join(sources)}", *tokenised.report.lines(), str(packed.report))
+    for line in (f"data: {', '.join(sources)}", *tokenised.report.lines(), packed.report):
+        logger.info(line)
     return Tokens(tokenised.dataset, packed)
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from goat_ds.distributed import ranks
 from goat_ds.errors import TrainingError
-from goat_ds.zero.ds_config import Precision
+from goat_ds.precision import Precision
 
 MOST_ZERO_NORMS = 5
 """Steps in a row with a gradient of exactly 0 that end a run: one may have nothing to learn, so many have lost it."""

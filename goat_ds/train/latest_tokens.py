@@ -1,16 +1,18 @@
 """The dense finish of a run: its latest batches once more, for the fit, and an engine that trains on."""
 
+import logging
 import math
 from typing import Any
 
 from goat_ds.data import Batches, label_loss_sum
-from goat_ds.distributed.ranks import say
 from goat_ds.train.build import schedule_of
 from goat_ds.train.inputs import Inputs
 from goat_ds.train.metrics import Metrics
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
 from goat_ds.zero.dense_finish import finish_densely, tokens_to_fit
+
+logger = logging.getLogger(__name__)
 
 
 def finish(
@@ -31,7 +33,7 @@ def finish(
         engine_config=inputs.engine_config,
         schedule=schedule_of(inputs.config, num_steps=num_steps),
     )
-    say(f"dense finish after step {step}: {done}")
+    logger.info(f"dense finish after step {step}: {done}")
     metrics.record_finish(step, **done.numbers())
     return done.engine
 

@@ -1,5 +1,6 @@
 """The training loop, on the DeepSpeed engine."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 
 from goat_ds.data import BatchPlan, StepBatch, batches, eval_batches, label_loss_sum
 from goat_ds.distributed import ranks
-from goat_ds.distributed.ranks import say
 from goat_ds.errors import Interrupted
 from goat_ds.train.build import build
 from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
@@ -26,6 +26,8 @@ from goat_ds.zero import ds_config, partition
 from goat_ds.zero import engine as engines
 from goat_ds.zero.decompose import seed_of
 from goat_ds.zero.dense_finish import check_enough
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -52,7 +54,7 @@ def train(
     course = course_of(resumption, inputs)
     checkpoint, done = resumption.checkpoint, course.memory.steps_done
     if checkpoint and done >= course.num_steps:
-        say(f"resume: all {course.num_steps} steps are done, nothing is left to do")
+        logger.info(f"resume: all {course.num_steps} steps are done, nothing is left to do")
         return checkpoint.folder
     run = Training(resumption, inputs, course)
     run.finish_where_it_was_due(checkpoint is not None)

@@ -5,6 +5,7 @@ Shape letters: N routed layers, E experts.
 
 import errno
 import json
+import logging
 import math
 import os
 import time
@@ -22,6 +23,8 @@ from goat_ds.data import MicroBatch
 from goat_ds.distributed import ranks
 from goat_ds.method.routing import RouterLoad
 from goat_ds.train.objective import StepLoss
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -107,8 +110,7 @@ class Metrics:
         line = {"step": step, "eval_loss": eval_loss, "eval_perplexity": math.exp(min(eval_loss, 700.0))}
         self._write("metrics", line)
         self._tell_monitor(step, line)
-        if ranks.is_first():
-            tqdm.write(f"step {step}: eval_loss {eval_loss:.4f}, perplexity {line['eval_perplexity']:.4f}")
+        logger.info(f"step {step}: eval_loss {eval_loss:.4f}, perplexity {line['eval_perplexity']:.4f}")
         self._since = time.monotonic()
 
     def record_finish(self, step: int, **numbers: float) -> None:
@@ -148,7 +150,7 @@ def _append(file: FileIO, line: bytes) -> None:
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        tqdm.write(f"warning: {file.name}: a line was not written: {error.strerror}")
+        logger.warning(f"{file.name}: a line was not written: {error.strerror}")
         with suppress(OSError):
             file.truncate(end)
 

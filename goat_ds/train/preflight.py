@@ -9,12 +9,12 @@ from goat_ds.distributed import ranks
 from goat_ds.distributed.lock import LOCK_NAME
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.plan import Planner, PlanSettings
+from goat_ds.precision import Precision
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.train.inputs import Inputs, read_inputs, with_4bit
 from goat_ds.train.resume import Resumption
 from goat_ds.zero import ds_config, engine, sizes
 from goat_ds.zero.checkpoint import Checkpoint
-from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention
 
 REQUIRED_TO_PLAN = ("model",)
@@ -72,7 +72,7 @@ def _ds_config_problems(inputs: Inputs) -> Iterator[str]:
     if inputs.found_ds_config is not None:
         found = list(ds_config.problems(inputs.raw_ds_config, inputs.engine_settings, base_is_4bit=inputs.is_4bit))
         yield from found or _raised_by(
-            lambda: sizes.read(inputs.engine_config, model_dtype=engine.DTYPES[inputs.config.precision])
+            lambda: sizes.read(inputs.engine_config, model_dtype=inputs.config.precision.torch_dtype)
         )
 
 
@@ -118,7 +118,7 @@ def planner_of(inputs: Inputs, *, num_labels: int | None = None) -> Planner:
             as_4bit=as_4bit,
             ds_config=inputs.raw_ds_config,
             engine=inputs.engine_settings,
-            compute_dtype=engine.DTYPES[config.bnb_4bit_compute_dtype or config.precision],
+            compute_dtype=(config.bnb_4bit_compute_dtype or config.precision).torch_dtype,
             max_length=config.max_length,
             num_labels=num_labels,
             checkpointing=config.gradient_checkpointing,

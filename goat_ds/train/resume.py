@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from goat_ds.distributed import ranks
-from goat_ds.distributed.ranks import say
 from goat_ds.errors import ConfigError, raised_everywhere
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.zero.checkpoint import Candidate, Checkpoint, checkpoint_steps, newest_whole, read_checkpoint
+
+logger = logging.getLogger(__name__)
 
 # What a run may change without becoming another one: places, watching, and how the same arithmetic is done. Data and
 # base are known by content, and the packs of a step are held by themselves.
@@ -168,7 +170,7 @@ def allow_or_refuse(config: TrainConfig, change: str) -> None:
     """
     if not config.allow_changed:
         raise raised_everywhere(f"{change}, or give --allow_changed")
-    say(f"resume: changed: {change}")
+    logger.info(f"resume: changed: {change}")
 
 
 def check_phase(config: TrainConfig, checkpoint: Checkpoint, finish_after: int | None) -> None:

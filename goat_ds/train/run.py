@@ -1,18 +1,19 @@
 """A run from its command line to its exit code: 0 done, 2 bad input, 75 saved on a signal, 1 anything else."""
 
+import logging
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from goat_ds import plan
-from goat_ds.distributed import nodes, ranks
+from goat_ds.distributed import messages, nodes, ranks
 from goat_ds.distributed.heartbeat import Watch, watching
 from goat_ds.distributed.lock import locked
-from goat_ds.distributed.ranks import say
+from goat_ds.distributed.messages import ON_ANY_RANK
 from goat_ds.errors import ConfigError, GoatError, Interrupted
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
@@ -27,7 +28,10 @@ from goat_ds.train.signals import INTERRUPTED, Signals
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import ds_config, engine
 
+logger = logging.getLogger(__name__)
 
+
+@messages.shown()
 def main(arguments: Sequence[str]) -> None:
     """Train as the command line says, and end the process with its exit code."""
     # Calls that DeepSpeed and PEFT make, once a step; nothing a user could act on.
@@ -70,32 +74,36 @@ def _check_and_train(config: TrainConfig, signals: Signals, watch: Watch) -> Non
     inputs = check(resumption)
     sizes = nodes.ranks_per_node()
     doubts = [*ds_config.warnings(inputs.raw_ds_config), *ds_config.hpz_warnings(inputs.raw_ds_config, sizes)]
-    say(*(f"warning: {line}" for line in doubts), *resumption.notes)
+    for doubt in doubts:
+        logger.warning(doubt)
+    for note in resumption.notes:
+        logger.info(note)
     if config.dry_run:
         tokens, _ = load_all_tokens(inputs)
         RunMemory(resumption, digest_on_first(tokens.dataset))
-        ranks.agree(lambda: say(*_plan(inputs, tokens)) if ranks.is_first() else None)
-        say("dry run: nothing is wrong that can be known before weights are read")
+        ranks.agree(lambda: _say_plan(inputs, tokens) if ranks.is_first() else None)
+        logger.info("dry run: nothing is wrong that can be known before weights are read")
         return
     ranks.agree(lambda: config.folder.mkdir(parents=True, exist_ok=True) if ranks.is_first() else None)
     if len(sizes) > 1 and not nodes.is_shared(config.folder):
-        say(f"warning: {_unshared(config.folder, num_nodes=len(sizes))}")
+        logger.warning(f"{_unshared(config.folder, num_nodes=len(sizes))}")
     with locked(config.folder, timeout_minutes=config.timeout_minutes):
         ranks.agree(lambda: checkpoints.sweep(config.folder) if ranks.is_first() else None)
         ranks.agree(inputs.keep_ds_config)
         saved = train(resumption, inputs, signals, step_done=watch.step_done)
-    say(f"saved {saved}")
+    logger.info(f"saved {saved}")
 
 
-def _plan(inputs: Inputs, tokens: Tokens) -> Iterator[str]:
+def _say_plan(inputs: Inputs, tokens: Tokens) -> None:
     num_labels = inputs.config.micro_batch_size * max(tokens.packed.num_labels)
-    yield from plan.lines(planner_of(inputs, num_labels=num_labels))
+    for line in plan.lines(planner_of(inputs, num_labels=num_labels)):
+        logger.info(line)
 
 
 def _tell_of_build_locks() -> None:
     for path in build_locks():
         why = "another process compiles an operator, or was killed while it did so"
-        print(f"warning: {path}: {why}; if the run does not start within minutes, delete that file", file=sys.stderr)
+        logger.warning(f"{path}: {why}; if the run does not start within minutes, delete that file", extra=ON_ANY_RANK)
 
 
 def _unshared(folder: Path, *, num_nodes: int) -> str:

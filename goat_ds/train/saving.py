@@ -1,17 +1,19 @@
 """The checkpoints of a run: what they hold of it, when one may be missing, and which are kept."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from goat_ds.distributed import ranks
-from goat_ds.distributed.ranks import say
 from goat_ds.errors import SaveError
 from goat_ds.train.config import OnSaveError, TrainConfig
 from goat_ds.train.health import last_checkpoint
 from goat_ds.train.metrics import Metrics
 from goat_ds.train.resume import Resumption, allow_or_refuse, settings_of
 from goat_ds.zero import checkpoint as checkpoints
+
+logger = logging.getLogger(__name__)
 
 
 class RunMemory:
@@ -63,7 +65,7 @@ def save(
         failed = f"{error}; {last_checkpoint(earlier)}"
         if must_succeed or config.on_save_error is OnSaveError.STOP:
             raise SaveError(f"{failed}; make room there, then --resume auto goes on from it") from error
-        say(f"warning: {failed}; going on without (on_save_error continue)")
+        logger.warning(f"{failed}; going on without (on_save_error continue)")
         return earlier
     remove_surplus(config)
     return saved
@@ -79,4 +81,4 @@ def remove_surplus(config: TrainConfig) -> None:
             checkpoints.keep_newest(config.folder, config.save_total_limit)
         except OSError as error:
             # The new one is there: what cannot be deleted is no reason to end a run.
-            say(f"warning: save_total_limit ({config.save_total_limit}) could not delete: {error}")
+            logger.warning(f"save_total_limit ({config.save_total_limit}) could not delete: {error}")

@@ -11,6 +11,7 @@ Shape letters: O out features, I in features, R total rank.
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.distributed import ranks
+from goat_ds.distributed.messages import ON_ANY_RANK
 from goat_ds.method.spectrum import Directions
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint, sample_layer
@@ -37,6 +39,8 @@ from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
 from goat_ds.zero import partition, quantize
 from goat_ds.zero.quantize import Recipe
 from goat_ds.zero.waves import cost_of, waves
+
+logger = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the directions of the same weight would come out differently.
 CACHE_VERSION = 2
@@ -354,10 +358,12 @@ def _read(entry: Path, shapes: list[tuple[int, ...]]) -> Directions | None:
             directions = Directions(*(file.get_tensor(name) for name in Directions._fields))
             checksum = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
-        tqdm.write(f"SVD cache: {entry} is damaged ({error}); decomposing again")
+        logger.warning(f"SVD cache: {entry} is damaged ({error}); decomposing again", extra=ON_ANY_RANK)
         return None
     if [tuple(tensor.shape) for tensor in directions] != shapes or checksum != _checksum(directions):
-        tqdm.write(f"SVD cache: {entry} is damaged (its checksum does not fit); decomposing again")
+        logger.warning(
+            f"SVD cache: {entry} is damaged (its checksum does not fit); decomposing again", extra=ON_ANY_RANK
+        )
         return None
     return directions
 
@@ -376,4 +382,6 @@ def _write(entry: Path, directions: Directions) -> None:
     except OSError as error:
         with suppress(OSError, TypeError):
             os.unlink(temporary)  # type: ignore[arg-type]
-        tqdm.write(f"SVD cache: {entry} was not written ({error}); the next run decomposes this layer again")
+        logger.warning(
+            f"SVD cache: {entry} was not written ({error}); the next run decomposes this layer again", extra=ON_ANY_RANK
+        )

@@ -6,9 +6,10 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from goat_ds.precision import Precision
 
 AUTO = "auto"
 
@@ -48,14 +49,6 @@ UNFIT_FOR_4BIT = (
 """Keys of zero_optimization that gather parameters in a way that bytes do not survive, or hold them more than once."""
 
 
-class Precision(StrEnum):
-    """Dtype of the model's weights and products; optimizer state and master weights are fp32 in each."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What the flags say about the engine."""
@@ -83,11 +76,14 @@ class EngineSettings:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Read a DeepSpeed config; return it, or what is wrong with the file."""
+    """Return a DeepSpeed config, or what is wrong with the file; a shipped one also goes by its name."""
+    shipped = shipped_files()
+    file = Path(path) if Path(path).is_file() else shipped.get(str(path), Path(path))
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
-        return {}, [f"ds_config ({path}) does not exist"]
+        way_out = "" if file.suffix else f"; give a file, or one of {', '.join(shipped)}"
+        return {}, [f"ds_config ({path}) does not exist{way_out}"]
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"ds_config ({path}) cannot be read: {error}"]
     except json.JSONDecodeError as error:
@@ -95,6 +91,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(content, dict):
         return {}, [f"ds_config: {path} holds no JSON object"]
     return content, list(_wrong_types(content))
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return the DeepSpeed configs that come with goat_ds, by name."""
+    package = Path(__file__).parents[1]
+    # What pip has installed has them inside the package, a clone beside it.
+    inside, beside = package / "ds_configs", package.parent / "ds_configs"
+    return {file.stem: file for file in sorted((inside if inside.is_dir() else beside).glob("*.json"))}
 
 
 def _wrong_types(ds_config: dict[str, Any]) -> Iterator[str]:

@@ -18,14 +18,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from goat_ds.base.inspect import Base
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
+from goat_ds.precision import Precision
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
 from goat_ds.zero import ds_config, partition, quantize, recompute
-from goat_ds.zero.ds_config import Precision
-
-DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
 
 class Attention(StrEnum):
@@ -151,14 +149,14 @@ def load_base(
     """
     # What an earlier engine of this process told transformers must not shard this base.
     unset_hf_deepspeed_config()
-    stage, dtype = ds_config.stage(engine_config), DTYPES[precision]
+    stage, dtype = ds_config.stage(engine_config), precision.torch_dtype
     four_bit = quantization is not None or base.is_4bit
     if four_bit and quantize.can_be_mapped(base, dtype=dtype):
         model = quantize.load_mapped(
             base,
             quantization=quantization,
             dtype=dtype,
-            compute_dtype=DTYPES[compute_precision or precision],
+            compute_dtype=(compute_precision or precision).torch_dtype,
             attention=str(attention),
             engine_config=engine_config,
         )

@@ -122,8 +122,8 @@ def test_a_base_that_is_stored_in_4bit_is_taken_as_it_is(tmp_path: Path, trained
 
 
 def test_weights_load_in_the_dtype_that_was_asked_for(trained: Trained) -> None:
-    assert {p.dtype for p in found(trained.base, dtype=Dtype.BFLOAT16).load().parameters()} == {BF16}
-    assert found(trained.adapter, dtype=Dtype.BFLOAT16).load().dtype == BF16
+    assert {p.dtype for p in found(trained.base, dtype=Dtype.BF16).load().parameters()} == {BF16}
+    assert found(trained.adapter, dtype=Dtype.BF16).load().dtype == BF16
 
 
 def test_a_tokenizer_beside_the_adapter_takes_the_place_of_the_base_one(trained: Trained) -> None:

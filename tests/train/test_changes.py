@@ -143,7 +143,7 @@ def test_a_checkpoint_is_dense_or_routed_as_the_settings_have_it(
 
 
 def test_a_line_that_a_full_disk_does_not_take_is_lost_whole_and_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
 
@@ -156,13 +156,13 @@ def test_a_line_that_a_full_disk_does_not_take_is_lost_whole_and_told(
     with FileIO(str(path), "ab") as file:
         _append(file, b'{"step": 2}\n')
     assert path.read_text() == '{"step": 2}\n'
-    assert f"{path}: a line was not written: No space left on device" in "".join(capsys.readouterr())
+    assert f"{path}: a line was not written: No space left on device" in caplog.text
 
 
-def test_a_disk_without_a_byte_left_does_not_end_a_run_by_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_without_a_byte_left_does_not_end_a_run_by_its_metrics(caplog: pytest.LogCaptureFixture) -> None:
     with FileIO("/dev/full", "wb") as file:
         _append(file, b'{"step": 1}\n')
-    assert "/dev/full: a line was not written: No space left on device" in "".join(capsys.readouterr())
+    assert "/dev/full: a line was not written: No space left on device" in caplog.text
 
 
 def test_what_a_killed_run_left_half_done_is_swept_and_nothing_else(tmp_path: Path) -> None:

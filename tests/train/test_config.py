@@ -14,11 +14,11 @@ from transformers import get_scheduler
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.method.spectrum import Init
+from goat_ds.precision import Precision
 from goat_ds.train.cli import parse
 from goat_ds.train.config import Schedule, TrainConfig
 from goat_ds.train.environment import build_locks, settle_ranks
 from goat_ds.tuner.quantized import Packing
-from goat_ds.zero.ds_config import Precision
 
 
 def test_flags_become_settings_of_the_right_kind() -> None:

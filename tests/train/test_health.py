@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from goat_ds.distributed import ranks
 from goat_ds.errors import TrainingError
+from goat_ds.precision import Precision
 from goat_ds.train.health import MOST_ZERO_NORMS, Health
-from goat_ds.zero.ds_config import Precision
 
 SAVED = Path("runs/a/checkpoint-10")
 

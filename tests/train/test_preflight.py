@@ -14,13 +14,14 @@ from goat_ds.base.inspect import inspect
 from goat_ds.data import load_tokenizer
 from goat_ds.distributed.lock import LOCK_NAME
 from goat_ds.errors import ConfigError
+from goat_ds.precision import Precision
 from goat_ds.train import preflight
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.resume import look
 from goat_ds.tuner.config import Residual
 from goat_ds.zero import engine, quantize
-from goat_ds.zero.engine import Attention, Precision
+from goat_ds.zero.engine import Attention
 from tests.launching import REPOSITORY
 from tests.models import causal_lm
 

@@ -122,7 +122,7 @@ def test_directions_in_fp32_are_accurate_and_the_same_bits_whether_computed_or_c
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path: Path, caplog: Any) -> None:
     weight, experts = one_layer()
     computed, _ = decompose.directions_of(weight, experts, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
@@ -131,7 +131,7 @@ def test_a_damaged_cache_entry_is_said_and_computed_again(damage: str, tmp_path:
     entry.write_bytes({"truncated": content[:-9], "flipped": content, "empty": b""}[damage])
     again, was_cached = decompose.directions_of(weight, experts, cache=tmp_path)
     assert not was_cached
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(computed, again, strict=True))
     assert decompose.directions_of(weight, experts, cache=tmp_path)[1]
 
@@ -170,12 +170,12 @@ def test_another_weight_or_start_is_another_entry(tmp_path: Path) -> None:
     assert not decompose.directions_of(weight, experts, cache=tmp_path)[1]
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path, capsys: Any) -> None:
+def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path, caplog: Any) -> None:
     weight, experts = one_layer()
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     directions, _ = decompose.directions_of(weight, experts, cache=in_the_way)
-    assert "was not written" in capsys.readouterr().out
+    assert "was not written" in caplog.text
     assert directions.s_R.numel() == 8
 
 

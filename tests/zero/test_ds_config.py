@@ -13,8 +13,9 @@ import torch
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
 
 from goat_ds.errors import ConfigError
+from goat_ds.precision import Precision
 from goat_ds.zero import ds_config, sizes
-from goat_ds.zero.ds_config import EngineSettings, Precision
+from goat_ds.zero.ds_config import EngineSettings
 from tests.launching import REPOSITORY
 
 SETTINGS = EngineSettings(

@@ -7,9 +7,9 @@ import torch
 
 from goat_ds import GoatConfig, demo
 from goat_ds.base.inspect import inspect
+from goat_ds.precision import Precision
 from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.zero import engine as engines
-from goat_ds.zero.ds_config import Precision
 from goat_ds.zero.engine import Attention, Checkpointing
 from tests.models import token_ids
 
