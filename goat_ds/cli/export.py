@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
     _join()
     exported = export(settings)
     if exported.report is not None:
-        _tell(settings, exported)
+        _report(settings, exported)
 
 
 def export(settings: ExportSettings) -> Exported | Dense:
@@ -147,7 +147,7 @@ def export(settings: ExportSettings) -> Exported | Dense:
     return export_lora(settings.checkpoint, **about)
 
 
-def _tell(settings: ExportSettings, exported: Exported | Dense) -> None:
+def _report(settings: ExportSettings, exported: Exported | Dense) -> None:
     report = exported.report
     assert report is not None
     logger.info(f"read {exported.adapter.path}")
