@@ -1,4 +1,4 @@
-"""Say what a run needs before it is paid for: ``python launch/plan.py --model PATH --ds_config FILE``."""
+"""Print what a run needs before it is paid for: ``python launch/plan.py --model PATH --ds_config FILE``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Say what a run needs before it is paid for: ``goat-ds plan --model PATH --ds_config FILE --world_size N``.
+"""Print what a run needs before it is paid for: ``goat-ds plan --model PATH --ds_config FILE --world_size N``.
 
 Nothing but the model's config.json is read. All flags of goat-ds train count as they would there (max_length,
 micro_batch_size, gradient_checkpointing, load_in_4bit, r ...); data and output_dir are not needed.
