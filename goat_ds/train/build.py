@@ -1,4 +1,4 @@
-"""The engine of a run: its base in shards, experts that start on it or go on from a checkpoint, and a schedule."""
+"""Build the engine of a run: a base in shards, experts on it, an optimizer and its schedule."""
 
 import logging
 from collections.abc import Callable
@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = None) -> Any:
-    """Load the base, start its experts or go on from a checkpoint's, give both to DeepSpeed. A collective."""
+    """Load the base, add experts, and build the DeepSpeed engine that trains them. A collective.
+
+    The experts start from the base's weights, or continue from a checkpoint.
+    """
     config, engine_config = inputs.config, inputs.engine_config
     warmup_steps = config.warmup_of(num_steps)
     if warmup_steps >= num_steps:
@@ -67,10 +70,10 @@ def build(inputs: Inputs, *, num_steps: int, checkpoint: Checkpoint | None = Non
 
 
 def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Check that a run goes on with the base it began with; every rank sees the same.
+    """Check that a resumed run has the base that it began with; every rank raises the same.
 
     Raises:
-        ConfigError: the weights are others; where there is no fingerprint, because they came in 4 bits, the name is.
+        ConfigError: the base has other weights. A base that came in 4 bits has no fingerprint: then its name counts.
     """
     found = model.peft_config[ADAPTER_NAME].base_fingerprint
     expected, name = checkpoint.adapter.get("base_fingerprint"), checkpoint.run["settings"]["model"]
@@ -85,7 +88,7 @@ def check_same_base(model: Any, config: TrainConfig, checkpoint: Checkpoint) -> 
 
 
 def schedule_of(config: TrainConfig, *, num_steps: int) -> Callable[[Optimizer], LRScheduler]:
-    """Return what makes the schedule of the learning rate for an optimizer."""
+    """Return a function that makes the learning-rate schedule of an optimizer."""
     return lambda optimizer: get_scheduler(
         config.lr_scheduler,
         optimizer,

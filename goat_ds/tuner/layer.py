@@ -39,10 +39,10 @@ MERGE_REFUSAL = (
 
 
 class GoatExperts(nn.Module):
-    """The experts, router and start of one adapter on one layer.
+    """The experts of one adapter on one layer, their router, and their frozen initial factors.
 
-    It owns its tensors as plain parameters and is the module whose forward uses them, which is what lets ZeRO-3
-    gather them. They hold nothing until ``start`` or an adapter file fills them.
+    ZeRO-3 gathers the parameters of the module whose forward runs, so this module owns the parameters that its forward
+    uses. They have no values until ``start`` or an adapter file fills them.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class GoatExperts(nn.Module):
 
     @property
     def folds(self) -> bool:
-        """Whether the start's contribution belongs into the base weight, and not beside it."""
+        """Whether the residual is subtracted from the base weight, and not computed beside it."""
         return self.config.residual is Residual.FOLD and self.A0 is not None
 
     def become_dense(self, config: GoatConfig) -> None:
-        """Let the router go; ``A`` must be given its dense form.
+        """Remove the router. The caller then fills ``A`` with its dense form.
 
         Args:
             config: The ``tuner.fit_sums.dense_goat_config`` of the adapter's own, the same object for all its layers.
@@ -162,10 +162,12 @@ class GoatExperts(nn.Module):
         into_base: bool = False,
         summed: SummedGradient | None = None,
     ) -> Tensor:
-        """Return the base's output plus this adapter's ``[..., O]``; inactive, only what was folded comes back.
+        """Return the base's output plus that of this adapter, ``[..., O]``.
+
+        An adapter that is not active adds back the residual that it subtracted from the base weight, and nothing else.
 
         Args:
-            x: The layer's input, detached where ``together`` is given.
+            x: The layer's input, detached where ``summed`` is given.
             base: What the base layer, and adapters before this one, made of it.
             is_active: Whether this adapter counts.
             into_base: Whether the result may take the place of ``base`` in memory.
@@ -326,7 +328,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def fold(self, adapter_name: str) -> None:
-        """Subtract the start's contribution from the base weight, once, where the config says so."""
+        """Subtract the residual from the base weight, once, if the config says ``residual="fold"``."""
         experts = self._experts()[adapter_name]
         if experts.folds and not experts.folded:
             experts.add_residual_(self._writable_weight_OI(), times=-1)
@@ -372,17 +374,17 @@ class GoatLayer(nn.Module, BaseTunerLayer):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether the base makes its output and its gradient of ``x`` anew, for nobody but this layer."""
+        """Whether the base writes its output, and its gradient of ``x``, into memory that only this layer uses."""
         return type(self.base_layer) in PRODUCTS and "forward" not in vars(self.base_layer)
 
     @property
     def _is_watched(self) -> bool:
-        """Whether a hook is given the base's output."""
+        """Whether a forward hook reads the base's output."""
         return bool(self.base_layer._forward_hooks or nn.modules.module._global_forward_hooks)
 
     @property
     def _is_watched_backward(self) -> bool:
-        """Whether a hook is given the base's gradients."""
+        """Whether a backward hook reads the base's gradients."""
         hooks = (self.base_layer._backward_hooks, nn.modules.module._global_backward_hooks)
         return any(map(bool, hooks))
 
@@ -424,7 +426,7 @@ class GoatLayer(nn.Module, BaseTunerLayer):
 
 
 class GoatLinear(GoatLayer):
-    """What is put in a model's place of a linear layer.
+    """The module that takes the place of a linear layer in the model.
 
     PEFT counts an adapted layer among those of ``target_modules="all-linear"`` by ``Linear`` in the name of its class;
     a second adapter on the same base would match nothing otherwise.
