@@ -55,6 +55,25 @@ def test_the_readme_links_to_every_page_or_to_the_file_that_it_shows() -> None:
     assert reached <= linked
 
 
+def measured_rows(path: Path) -> dict[str, str]:
+    """Return what the table of measurements of a page says was measured, by the command that shows it."""
+    table = re.search(r"^\| claim \| measured \| command \|\n.*?\n((?:\|.*\n)+)", path.read_text(), re.MULTILINE)
+    assert table is not None
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()]
+    shown: dict[str, str] = {}
+    for _, measured, command in rows:
+        shown[command] = f"{shown.get(command, '')} {measured}"
+    return shown
+
+
+def test_the_readme_shows_eight_measurements_with_the_numbers_of_their_page() -> None:
+    short, whole = measured_rows(REPOSITORY / "README.md"), measured_rows(DOCS / "measurements.md")
+    assert len(short) == 8 and short.keys() <= whole.keys()
+    for command, measured in short.items():
+        numbers = set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", measured))
+        assert numbers and numbers <= set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", whole[command])), command
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "examples/README.md", "docs/index.md"])
 def test_links_lead_to_files_that_are_here(name: str) -> None:
     assert [path for path in linked_files(REPOSITORY / name) if not path.exists()] == []
