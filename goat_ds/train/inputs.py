@@ -88,10 +88,10 @@ class Inputs:
         return ds_config.fill(self.raw_ds_config, self.engine_settings)
 
     def keep_ds_config(self) -> None:
-        """Write the filled DeepSpeed config into the folder of the run, on the first rank."""
-        if ranks.is_first():
-            text = json.dumps(self.engine_config, indent=4)
-            (self.config.folder / DS_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
+        """Write the filled DeepSpeed config into the folder of the run, on the first rank, unless it is there."""
+        path, text = self.config.folder / DS_CONFIG_NAME, f"{json.dumps(self.engine_config, indent=4)}\n"
+        if ranks.is_first() and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            path.write_text(text, encoding="utf-8")
 
 
 def read_inputs(config: TrainConfig, *, world_size: int | None = None) -> Inputs:
