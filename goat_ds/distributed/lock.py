@@ -1,15 +1,17 @@
 """Keep two runs out of one folder: each would delete what the other is writing."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
-from tqdm import tqdm
 
 from goat_ds.distributed import ranks
 from goat_ds.distributed.ranks import agree
 from goat_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 """A file of the folder while a run has it; a run that was killed leaves it behind, and nobody has it locked then."""
@@ -55,7 +57,7 @@ def _acquired(folder: Path, patience_s: float) -> BaseFileLock:
             f"output_dir ({folder}) is in use by another run; end that run first, or choose another folder"
         ) from None
     except OSError as error:
-        tqdm.write(f"warning: output_dir ({folder}) cannot be locked ({error.strerror}); see that no other run uses it")
+        logger.warning(f"output_dir ({folder}) cannot be locked ({error.strerror}); see that no other run uses it")
     return lock
 
 
@@ -63,5 +65,5 @@ def _wait_for(lock: BaseFileLock, folder: Path, patience_s: float) -> None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        tqdm.write(f"output_dir ({folder}) is in use by another run; waiting {patience_s:.0f} s for it to end")
+        logger.info(f"output_dir ({folder}) is in use by another run; waiting {patience_s:.0f} s for it to end")
         lock.acquire(timeout=patience_s, poll_interval=min(1.0, patience_s))

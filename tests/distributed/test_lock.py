@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def test_two_runs_in_one_folder_are_refused_and_one_that_ends_leaves_nothing(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_waits_for_one_that_ends_and_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_waits_for_one_that_ends_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "goat_ds")
     begun, waited_for = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -44,7 +46,7 @@ def test_a_run_waits_for_one_that_ends_and_says_so_once(tmp_path: Path, capsys: 
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
     other.join()
     said = f"output_dir ({tmp_path}) is in use by another run; waiting 3 s for it to end"
-    assert "".join(capsys.readouterr()).count(said) == 1
+    assert caplog.text.count(said) == 1
 
 
 KILLED = """
@@ -68,7 +70,7 @@ def test_a_run_that_is_killed_holds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_without_locks_is_told_and_used(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -77,7 +79,7 @@ def test_a_disk_without_locks_is_told_and_used(
     with locked(tmp_path, timeout_minutes=0.1):
         pass
     said = f"output_dir ({tmp_path}) cannot be locked ({os.strerror(number)}); see that no other run uses it"
-    assert f"warning: {said}" in "".join(capsys.readouterr())
+    assert caplog.record_tuples == [("goat_ds.distributed.lock", logging.WARNING, said)]
     assert list(tmp_path.iterdir()) == []
 
 
