@@ -79,11 +79,26 @@ def test_the_lower_rooms_read_neither_environment_nor_clock(room: str) -> None:
         assert not names & {"environ", "getenv", "putenv"}, path
 
 
-@pytest.mark.parametrize("room", ["goat_ds", "goat_ds.export", "goat_ds.evaluate"])
+@pytest.mark.parametrize("room", ["goat_ds", "goat_ds.cli.export", "goat_ds.cli.evaluate", "goat_ds.cli.demo"])
 def test_the_front_door_and_what_needs_no_training_open_without_deepspeed(room: str) -> None:
     code = f"import sys; sys.modules['deepspeed'] = None; import peft, {room}; print(goat_ds.GoatConfig().peft_type)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == "GOAT"
+
+
+# A program's list is what was asked for, no message; the exam runs where goat_ds is not installed.
+PRINTING = {"cli/__init__.py", "demo/exam.py"}
+BESIDE_BARS = {"distributed/messages.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_said_on_stdout_goes_through_the_logger(path: Path) -> None:
+    where = str(path.relative_to(PACKAGE))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert called != "print" or words.get("file") == "sys.stderr" or where in PRINTING, f"line {node.lineno}"
+            assert called != "tqdm.write" or where in BESIDE_BARS, f"line {node.lineno}"
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

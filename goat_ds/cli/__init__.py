@@ -14,7 +14,7 @@ PROGRAMS = {
     "train": "train GOAT experts on a frozen base model",
     "export": "write a trained checkpoint in a form that others load",
     "evaluate": "judge a model on data and on tasks",
-    "plan": "say what a run needs before it is paid for",
+    "plan": "print what a run needs before it is paid for",
     "demo": "train, export and question the embedded demo",
 }
 
