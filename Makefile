@@ -1,8 +1,9 @@
-# make setup   a .venv with everything; make demo: train, export and question the embedded demo; make test: all checks
+# make setup: a .venv with everything; make demo: train, export and question the embedded demo; make test: the checks of
+# every change; make test-all: those and what takes long (real launchers, two hosts, benchmarks), for a scheduled run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test quick lint docs bench clean
+.PHONY: setup demo test test-all quick lint docs bench clean
 
 setup: .venv/complete
 
@@ -17,6 +18,9 @@ demo: setup
 	python launch/demo.py
 
 test: setup lint docs
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not nightly'
+
+test-all: setup lint docs
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes seconds, for every change.

@@ -1,33 +1,44 @@
-"""Start the ranks of a run within a second, watch them, and kill them: for tests that start a run again and again.
+"""Start scripts within a second, on one rank or many, watch them, and kill them.
 
 Nearly all of a start is imports. A *nursery* is a process that has done them and forks the ranks of a run on request:
 
-    with Nursery() as nursery:
-        run = nursery.start(["--ds_config", …], folder=tmp_path, world_size=2)
-        run.kill(1, signal.SIGTERM)
-        assert run.wait() == [75, 75]
+    run = start(["launch/train.py", "--ds_config", …], folder=tmp_path, environments=rank_environments(2))
+    run.kill(1, signal.SIGTERM)
+    assert run.wait() == [75, 75]
 
+A fork is what a new ``python launch/train.py …`` would be: it runs the script as ``__main__``, has the environment it
+is given and nothing else, random generators of its own, and no input. Neighbouring
+ranks come from two nurseries, because sets of words have another order in every interpreter, and no two ranks may
+depend on it.
 A *crash plan* lets a rank die by SIGKILL of itself at an exact instant inside a save: when it is about to touch for
 the k-th time (open, make, rename, delete, have the disk keep) something in a folder named ``.checkpoint-…``.
-The nursery computes nothing, so it has one thread and no process group when it forks. It and all it has started end
+A nursery computes nothing, so it has one thread and no process group when it forks. It and all it has started end
 with the test process.
 """
 
+import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NamedTuple, NoReturn
 
-from tests.launching import REPOSITORY, cpu_environment, free_port
+from tests.child_environment import REPOSITORY, cpu_environment
 
 TEMPORARY = ".checkpoint-"
 """How the names of folders begin that a checkpoint is written to."""
@@ -36,6 +47,21 @@ TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 TOUCHES_FILE = "touches.jsonl"
 ALLOCATOR = "jemalloc_bg_thd"
 """Thread that pyarrow's allocator keeps and, by itself, starts again in a fork."""
+MODULES = (
+    "goat_ds.train.run",
+    "goat_ds.export",
+    "goat_ds.evaluate",
+    "goat_ds.plan",
+    # What these import when they are used.
+    "bitsandbytes",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "peft.utils.transformers_weight_conversion",
+    "sentencepiece.sentencepiece_model_pb2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.tokenization_llama",
+)
 SLOWNESS = 0.02
 """Seconds between two looks at the processes."""
 
@@ -56,25 +82,35 @@ class CrashPlan:
     """How the name of the folder begins."""
 
 
+class Rank(NamedTuple):
+    """A forked process, and where it was forked."""
+
+    nursery: "Nursery"
+    pid: int
+
+
 class Run:
     """The forked ranks of one run."""
 
-    def __init__(self, nursery: "Nursery", pids: list[int], folder: Path) -> None:
-        self._nursery, self.pids, self.folder = nursery, pids, folder
-        self._codes: dict[int, int] = {}
+    def __init__(self, ranks: Sequence[Rank], folder: Path) -> None:
+        self.ranks, self.folder = ranks, folder
+        self._codes: list[int | None] = [None] * len(ranks)
 
     def codes(self) -> list[int | None]:
-        """Give the exit code of each rank, ``-signal`` if one has killed it, None while it runs."""
-        self._codes |= {int(pid): code for pid, code in self._nursery.ask("ended", pids=self.pids).items()}
-        return [self._codes.get(pid) for pid in self.pids]
+        """Return the exit code of each rank, ``-signal`` if one has killed it, None while it runs."""
+        for number, rank in enumerate(self.ranks):
+            if self._codes[number] is None:
+                self._codes[number] = rank.nursery.ask("code", pid=rank.pid)
+        return list(self._codes)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to a rank; nothing happens if it has ended."""
-        self._nursery.ask("kill", pid=self.pids[rank], number=number)
+        nursery, pid = self.ranks[rank]
+        nursery.ask("kill", pid=pid, number=number)
 
     def kill_all(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every rank."""
-        for rank in range(len(self.pids)):
+        for rank in range(len(self.ranks)):
             self.kill(rank, number)
 
     def wait(self, *, seconds: float = 300) -> list[int]:
@@ -88,10 +124,10 @@ class Run:
             now = time.monotonic()
             if not any(codes):
                 failed = now
-            assert now - began < seconds, f"still running after {seconds} s: {codes}\n{self.output()}"
             # Longer than the two seconds that a rank gives the first one to say what all have found.
-            if now - failed > 5 or -signal.SIGKILL in codes:
+            if now - failed > 5 or now - began > seconds or -signal.SIGKILL in codes:
                 self.kill_all()
+            assert now - began <= seconds, f"still running after {seconds} s: {codes}\n{self.output()}"
             time.sleep(SLOWNESS)
         return [code for code in codes if code is not None]
 
@@ -103,9 +139,13 @@ class Run:
             assert time.monotonic() - began < seconds, self.output()
             time.sleep(SLOWNESS / 4)
 
+    def outputs(self) -> list[str]:
+        """Return what each rank has printed so far."""
+        return [(self.folder / f"rank{rank}.txt").read_text() for rank in range(len(self.ranks))]
+
     def output(self) -> str:
-        """Give what all ranks have printed."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.txt")))
+        """Return what all ranks have printed so far."""
+        return "\n".join(self.outputs())
 
     def touches(self) -> list[str]:
         """List what a rank with a crash plan has done to the folders, the touch it died of last."""
@@ -114,13 +154,9 @@ class Run:
 
 
 class Nursery:
-    """A process that has imported everything; the runs it has started end with the ``with`` block."""
+    """A process that has imported everything and forks runs; they end with it."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._num_runs = 0
-
-    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked_ranks"],
             cwd=REPOSITORY,
@@ -129,55 +165,73 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
         )
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait(30)
         self._process.stdout.close()
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        """Let the server do something; give its answer."""
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        """Have the server do something; return its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the nursery has ended"
         return json.loads(answer)
 
-    def start(
-        self,
-        arguments: Sequence[str],
-        *,
-        folder: Path,
-        world_size: int,
-        crash: CrashPlan | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> Run:
-        """Start a run; returns at once.
 
-        Args:
-            arguments: The command line behind ``launch/train.py``.
-            folder: Where what the ranks print is kept, in a folder of its own for every run.
-            world_size: Number of ranks.
-            crash: What one of the ranks does to itself.
-            environment: Of the ranks, beside what a launcher sets.
-        """
-        self._num_runs += 1
-        printed = folder / f"printed-{self._num_runs}"
-        printed.mkdir(parents=True)
-        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        pids = [
-            self.ask(
-                "fork",
-                arguments=list(arguments),
-                environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(environment or {}),
-                printed=str(printed),
-                crash=asdict(crash) if crash and crash.rank == rank else None,
-            )
-            for rank in range(world_size)
-        ]
-        return Run(self, pids, printed)
+@cache
+def nursery(number: int) -> Nursery:
+    """Return one of the nurseries of this test process; the first call starts it."""
+    return Nursery()
+
+
+def close_nurseries() -> None:
+    """End those that there are."""
+    for number in range(nursery.cache_info().currsize):
+        nursery(number).close()
+    nursery.cache_clear()
+
+
+_numbers = count(1)
+
+
+def start(
+    command: Sequence[str],
+    *,
+    folder: Path,
+    environments: Sequence[Mapping[str, str]],
+    crash: CrashPlan | None = None,
+    errors_apart: bool = False,
+) -> Run:
+    """Start a run; returns at once.
+
+    Args:
+        command: A script, as a path from the repository, and its command line.
+        folder: Where what the ranks print is kept, in a folder of its own for every run.
+        environments: Of each rank, whole.
+        crash: What one of the ranks does to itself.
+        errors_apart: Whether a rank's stderr has a file of its own.
+    """
+    printed = folder / f"printed-{next(_numbers)}"
+    printed.mkdir(parents=True)
+    ranks = []
+    for number, environment in enumerate(environments):
+        home = nursery(number % 2)
+        pid = home.ask(
+            "fork",
+            command=list(command),
+            environment=dict(environment),
+            output=str(printed / f"rank{number}.txt"),
+            errors=str(printed / f"{'errors' if errors_apart else 'rank'}{number}.txt"),
+            touches=str(printed / TOUCHES_FILE),
+            crash=asdict(crash) if crash and crash.rank == number else None,
+        )
+        ranks.append(Rank(home, pid))
+    return Run(ranks, printed)
 
 
 # -- the server
@@ -198,23 +252,22 @@ def serve() -> None:
         request, arguments = json.loads(line)
         answer: Any = None
         if request == "fork":
-            answer = _fork(**arguments)
+            answer = os.fork()
+            if answer == 0:
+                _be_a_rank(answers, **arguments)
             children.add(answer)
         elif request == "kill" and arguments["pid"] in children:
             # Until it is waited for, its number belongs to no other process.
             os.kill(arguments["pid"], arguments["number"])
-        elif request == "ended":
-            answer = _ended(children & set(arguments["pids"]))
-            children -= answer.keys()
+        elif request == "code":
+            ended, status = os.waitpid(arguments["pid"], os.WNOHANG)
+            if ended:
+                answer = os.waitstatus_to_exitcode(status)
+                children.remove(ended)
         print(json.dumps(answer), file=answers, flush=True)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def _ended(pids: set[int]) -> dict[int, int]:
-    waited = (os.waitpid(pid, os.WNOHANG) for pid in pids)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in waited if pid}
 
 
 def _other_threads() -> set[str]:
@@ -223,13 +276,11 @@ def _other_threads() -> set[str]:
 
 
 def _import_everything() -> None:
-    import bitsandbytes  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    import goat_ds.train.run  # noqa: F401
-
+    for name in MODULES:
+        importlib.import_module(name)
     # torch locks the folder of a compiled operator by a file. A rank killed just then would leave it there, and every
     # later start on this machine, of whatever run, would wait for its end.
     for builder in (CPUAdamBuilder, ShareMemCommBuilder):
@@ -242,37 +293,53 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _fork(arguments: list[str], environment: dict[str, str], printed: str, crash: dict[str, Any] | None) -> int:
-    pid = os.fork()
-    if pid == 0:
-        _be_a_rank(arguments, environment, Path(printed), CrashPlan(**crash) if crash else None)
-    return pid
-
-
-def _be_a_rank(arguments: list[str], environment: dict[str, str], printed: Path, crash: CrashPlan | None) -> NoReturn:
-    """Become what a launcher would have started; never returns to the server's code."""
-    code = 1
+def _be_a_rank(
+    answers: IO[str],
+    *,
+    command: list[str],
+    environment: dict[str, str],
+    output: str,
+    errors: str,
+    touches: str,
+    crash: dict[str, Any] | None,
+) -> NoReturn:
+    """Become what ``python command`` would be; never returns to the server's code."""
+    _end_with_parent()
+    answers.close()
+    for source, target in ((os.devnull, 0), (output, 1), (errors, 2)):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if target else os.O_RDONLY
+        opened = os.open(source, flags, 0o644)
+        os.dup2(opened, target)
+        os.close(opened)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    _draw_other_numbers()
+    if crash:
+        _watch_folders(CrashPlan(**crash), Path(touches))
+    sys.argv, script = command, REPOSITORY / command[0]
+    sys.path[0] = str(script.parent)
+    code: object = None
     try:
-        _end_with_parent()
-        os.environ |= environment
-        output = os.open(printed / f"rank{environment['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((nothing, 0), (output, 1), (output, 2)):
-            os.dup2(source, target)
-        _draw_other_numbers()
-        if crash:
-            _watch_folders(crash, printed / TOUCHES_FILE)
-        from goat_ds.train.run import main
-
-        main(arguments)
-        code = 0
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: the server's loop stands below on this stack.
-        os._exit(code)
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _end(code)
+
+
+def _end(code: object) -> NoReturn:
+    """End as an interpreter does, but for taking all its modules down, which takes longer than many a test."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _draw_other_numbers() -> None:

@@ -1,78 +1,65 @@
-"""Start the ranks of a run on this machine, and read what a run left."""
+"""Run programs and ranks to their end, and read what a run left."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.child_environment import REPOSITORY, cpu_environment, rank_environments
+from tests.forked_ranks import Run, start
 
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+FEW_HELDOUT = REPOSITORY / "tests" / "few_heldout.jsonl"
+"""Held-out records of the demo to evaluate on in a moment; all that it has make 74 packs."""
 
 
-def cpu_environment(**more: str) -> dict[str, str]:
-    """Give the environment of a child process: CPU, one thread, no hub, this checkout importable."""
-    fixed = {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return inherited | fixed | more
+class Done(NamedTuple):
+    """How a program ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def start_ranks(arguments: list[str], *, outputs: list[Path]) -> list[subprocess.Popen[str]]:
-    """Start ``python arguments`` on as many ranks as there are files for what they print."""
-    port = str(free_port())
-    running = []
-    for rank, output in enumerate(outputs):
-        environment = cpu_environment(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(len(outputs)),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        # Files and not pipes: a rank that has filled its pipe would wait for the test, which waits for another rank.
-        with output.open("w") as file:
-            command = [sys.executable, *arguments]
-            running.append(
-                subprocess.Popen(
-                    command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, text=True
-                )
-            )
-    return running
-
-
-def run_ranks(arguments: list[str], *, world_size: int, timeout: float = 600) -> list[str]:
-    """Run ``python arguments`` on every rank to the end; give what each printed. Any failure fails the test."""
+def run_program(*command: str, timeout: float = 300) -> Done:
+    """Run a script as plain ``python`` would, in a fork that has its imports already."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, str(rank)) for rank in range(world_size)]
-        running = start_ranks(arguments, outputs=outputs)
-        try:
-            for process in running:
-                process.wait(timeout)
-        finally:
-            for process in running:
-                process.kill()
-        printed = [output.read_text() for output in outputs]
-    for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0, text
-    return printed
+        run = start(command, folder=Path(folder), environments=[cpu_environment()], errors_apart=True)
+        (code,) = run.wait(seconds=timeout)
+        return Done(code, *(Path(run.folder, f"{kind}0.txt").read_text() for kind in ("rank", "errors")))
+
+
+def run_cold(*command: str, timeout: float = 300) -> Done:
+    """Run ``python command`` in a new process, which takes seconds to import what a fork has imported already."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=cpu_environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def start_ranks(command: list[str], *, world_size: int, folder: Path) -> Run:
+    """Start a script on so many ranks; what they print is kept in the folder."""
+    return start(command, folder=folder, environments=rank_environments(world_size))
+
+
+def run_ranks(command: list[str], *, world_size: int, timeout: float = 600) -> list[str]:
+    """Run a script on every rank to the end; return what each printed. Any failure fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = start_ranks(command, world_size=world_size, folder=Path(folder))
+        codes = run.wait(seconds=timeout)
+        assert codes == [0] * world_size, run.output()
+        return run.outputs()
 
 
 def run_many(command_lines: list[list[str]], *, world_size: int, folder: Path) -> list[str]:
-    """Train with each command line in turn, in one process group; give what each rank printed."""
+    """Train with each command line in turn, in one process group; return what each rank printed."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / f"runs-{world_size}.json"
     listed.write_text(json.dumps(command_lines))

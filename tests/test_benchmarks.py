@@ -36,6 +36,8 @@ SMALLEST = {
 }
 
 
+SMOKE = "loss.py"
+"""The one that every run of the tests tries."""
 BENCHMARKS = REPOSITORY / "benchmarks"
 
 
@@ -47,7 +49,9 @@ def test_every_benchmark_is_tried_and_run_by_make_bench() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if name != SMOKE else []) for name in SMALLEST]
+)
 def test_a_benchmark_prints_its_table_and_appends_it(name: str, tmp_path: Path) -> None:
     table_before, results = TABLE.read_text(), tmp_path / "results.jsonl"
     command = [sys.executable, f"benchmarks/{name}", *SMALLEST[name], "--results", str(results)]

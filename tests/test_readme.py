@@ -3,8 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from goat_ds.plan.skeleton import Kind, Skeleton, build
 from goat_ds.train.cli import parse
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.quantized import Packing
-from tests.launching import REPOSITORY, cpu_environment
+from tests.launching import REPOSITORY, run_cold, run_program
 
 README = (REPOSITORY / "README.md").read_text()
 DOCS = REPOSITORY / "docs"
@@ -67,14 +65,7 @@ def test_training_commands_parse(flags: list[str]) -> None:
 
 @pytest.mark.parametrize("flags", after("launch/export.py"), ids=" ".join)
 def test_export_commands_are_understood(flags: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "launch/export.py", *flags],
-        cwd=REPOSITORY,
-        env=cpu_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("launch/export.py", *flags)
     # The folders of the README are not here: what is refused must be the checkpoint, not a flag.
     assert "usage:" not in done.stderr
     assert "runs/first" in done.stderr
@@ -157,7 +148,8 @@ def test_the_table_of_memory_is_computed_from_the_shapes(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"(?:launch|benchmarks)/\w+\.py", TEXT)) | {"launch/demo.py"}))
 def test_every_script_starts(script: str) -> None:
-    command = [sys.executable, script, "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, check=False)
+    # What users start is started as they do it once: cold.
+    run = run_cold if script.startswith("launch/") else run_program
+    done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout

@@ -2,11 +2,10 @@
 
     python heartbeat_on_ranks.py TIMEOUT_MINUTES BEHAVIOUR FOLDER
 
-Each rank leaves its process id in the folder once it is watched.
+Each rank leaves a file in the folder once it is watched.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +29,7 @@ def main() -> None:
         return
     with watching(address=first_rank_address(), timeout_minutes=timeout_minutes) as watch:
         meet(watch, num_steps=3)
-        (folder / f"{ranks.get_rank()}.part").write_text(str(os.getpid()))
-        (folder / f"{ranks.get_rank()}.part").rename(folder / f"{ranks.get_rank()}.pid")
+        (folder / f"{ranks.get_rank()}.watched").touch()
         if behaviour == "meet":
             meet(watch, num_steps=1_000_000)
         elif behaviour == "spin":

@@ -1,10 +1,8 @@
 """A rank that no longer goes on ends all of them in time, by its name; one that works or leaves ends nobody."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import pytest
 
 from goat_ds.distributed import heartbeat
 from goat_ds.distributed.heartbeat import Beat, Observer, Verdict, judge
+from tests.forked_ranks import Run
 from tests.launching import run_ranks, start_ranks
 
 LONG, SHORT = 1790.0, 10.0
@@ -170,42 +169,32 @@ def test_torch_counts_every_kind_of_collective_in_its_own_group(tmp_path: Path) 
     assert first == second == {kind: {world: 2 if "object" in kind else 1} for kind in first}
 
 
-class Started:
-    """Ranks that run."""
-
-    def __init__(self, running: list[subprocess.Popen[str]], outputs: list[Path], pids: list[int]) -> None:
-        self.running, self.outputs, self.pids = running, outputs, pids
-
-    def said(self) -> str:
-        """Return what they have printed so far."""
-        return "".join(output.read_text() for output in self.outputs)
-
-
 @contextmanager
-def started(behaviour: str, folder: Path, *, world_size: int) -> Iterator[Started]:
+def started(behaviour: str, folder: Path, *, world_size: int) -> Iterator[Run]:
     """Start ranks and wait until all are watched; none is left behind."""
-    outputs = [folder / f"{rank}.out" for rank in range(world_size)]
-    running = start_ranks([SCRIPT, str(MINUTES), behaviour, str(folder)], outputs=outputs)
+    run = start_ranks([SCRIPT, str(MINUTES), behaviour, str(folder)], world_size=world_size, folder=folder)
     try:
-        files = [folder / f"{rank}.pid" for rank in range(world_size)]
-        until = time.monotonic() + 120
-        while not all(file.exists() for file in files):
-            assert time.monotonic() < until and all(process.poll() is None for process in running)
-            time.sleep(0.05)
-        yield Started(running, outputs, [int(file.read_text()) for file in files])
+        files = [folder / f"{rank}.watched" for rank in range(world_size)]
+        run.wait_until(lambda: all(file.exists() for file in files), seconds=120)
+        yield run
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
+        run.kill_all()
 
 
-def wait_for(words: str, ranks: Started, *, seconds: float) -> str:
+def wait_for(words: str, run: Run, *, seconds: float) -> str:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := re.search(words, ranks.said()):
+        if found := re.search(words, run.output()):
             return found.group()
         time.sleep(0.1)
-    raise AssertionError(ranks.said())
+    raise AssertionError(run.output())
+
+
+def wait_for_codes(run: Run, expected: list[int | None], *, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while run.codes() != expected:
+        assert time.monotonic() < until, f"{run.codes()}\n{run.output()}"
+        time.sleep(0.05)
 
 
 STACKS = "is here, in each of its threads:"
@@ -214,31 +203,29 @@ STACKS = "is here, in each of its threads:"
 @pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_is_stopped_is_named_in_time_and_ends_the_others(tmp_path: Path, silent: int) -> None:
-    with started("meet", tmp_path, world_size=3) as ranks:
+    with started("meet", tmp_path, world_size=3) as run:
         time.sleep(1)
-        os.kill(ranks.pids[silent], signal.SIGSTOP)
-        sentence = wait_for(r"(?m)^rank.*; ending the run$", ranks, seconds=SECONDS)
+        run.kill(silent, signal.SIGSTOP)
+        sentence = wait_for(r"(?m)^rank.*; ending the run$", run, seconds=SECONDS)
         words = (
             rf"rank {silent} \(host \S+\) has not answered for 0.2 minutes \(timeout_minutes 0.2\), "
             r"last seen after step \d+; ending the run"
         )
         assert re.fullmatch(words, sentence)
-        for rank, process in enumerate(ranks.running):
-            if rank != silent:
-                assert process.wait(timeout=5) == 1
-        assert ranks.said().count("ending the run") == ranks.said().count(STACKS) == 1
+        wait_for_codes(run, [None if rank == silent else 1 for rank in range(3)], seconds=5)
+        assert run.output().count("ending the run") == run.output().count(STACKS) == 1
 
 
 @pytest.mark.slow
 def test_a_rank_that_spins_outside_of_collectives_is_named_and_shows_where_it_is(tmp_path: Path) -> None:
-    with started("spin", tmp_path, world_size=3) as ranks:
+    with started("spin", tmp_path, world_size=3) as run:
         words = (
             r"(?m)^rank 2 \(host \S+\) has not entered the collective that others have waited in for 0\.2 minutes "
             r"\(timeout_minutes 0\.2\), after step 3; ending the run$"
         )
-        wait_for(words, ranks, seconds=SECONDS)
-        assert [process.wait(timeout=5) for process in ranks.running] == [1, 1, 1]
-        first, second, third = (output.read_text() for output in ranks.outputs)
+        wait_for(words, run, seconds=SECONDS)
+        wait_for_codes(run, [1, 1, 1], seconds=5)
+        first, second, third = run.outputs()
         # Each node's first rank and the named one: the stacks of thousands would hide those.
         assert f"rank 0 {STACKS}" in first and "in meet" in first
         assert STACKS not in second

@@ -4,8 +4,7 @@ import errno
 import fcntl
 import logging
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from goat_ds.distributed.lock import LOCK_NAME, locked
 from goat_ds.errors import ConfigError
-from tests.launching import cpu_environment
+from tests.launching import run_program
 
 
 def test_two_runs_in_one_folder_are_refused_and_one_that_ends_leaves_nothing(tmp_path: Path) -> None:
@@ -60,12 +59,15 @@ with locked(Path(sys.argv[1]), timeout_minutes=1):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_holds_nothing(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=cpu_environment(), check=False)
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    script, folder = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED)
+    folder.mkdir()
+    assert run_program(str(script), str(folder)).returncode == -signal.SIGKILL
+    assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
     began = time.monotonic()
-    with locked(tmp_path, timeout_minutes=1):
+    with locked(folder, timeout_minutes=1):
         assert time.monotonic() - began < 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

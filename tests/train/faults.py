@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from goat_ds import demo
-from tests.forked_ranks import CrashPlan, Nursery, Run
+from tests.child_environment import rank_environments
+from tests.forked_ranks import CrashPlan, Run, start
 from tests.launching import metrics_of
 
 
@@ -66,8 +67,8 @@ SETTINGS = {
 class Laboratory:
     """A base small enough that a run starts within seconds, data, and the runs that are done to."""
 
-    def __init__(self, root: Path, nursery: Nursery) -> None:
-        self.root, self.nursery = root, nursery
+    def __init__(self, root: Path) -> None:
+        self.root = root
         write_base(root / "base", hidden_size=64)
         lines = demo.train_data().read_text().splitlines(keepends=True)[:40]
         (root / "data.jsonl").write_text("".join(lines))
@@ -94,9 +95,9 @@ class Laboratory:
         places = {"model": self.root / "base", "data": self.root / "data.jsonl", "output_dir": output_dir}
         places |= {"svd_cache": self.root / "svd", "token_cache": self.root / "tokens"}
         flags = {name: str(path) for name, path in places.items()} | SETTINGS | dict(settings or {})
-        arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        command = ["launch/train.py", *(word for name, value in flags.items() for word in (f"--{name}", value))]
         printed = printed or output_dir.with_name(f"{output_dir.name}-printed")
-        return self.nursery.start(arguments, folder=printed, world_size=world_size, crash=crash)
+        return start(command, folder=printed, environments=rank_environments(world_size), crash=crash)
 
     def finish(self, output_dir: Path, settings: Mapping[str, str] | None = None, *, world_size: int = 2) -> Run:
         """Run to the end; any failure fails the test."""

@@ -15,16 +15,11 @@ Flags = dict[str, Path]
 
 
 def run_on_two_nodes(root: Path, first: Flags, second: Flags, *, more: Sequence[str] = ()) -> list[tuple[int, str]]:
-    """Make a run whose two ranks have places of their own; give how each ended, and what it printed."""
+    """Make a run whose two ranks have places of their own; return how each ended, and what it printed."""
     words = [[*TRAIN[1:], *SHORT, *more, *(str(w) for flag in own.items() for w in flag)] for own in (first, second)]
-    outputs = [root / f"out-{rank}" for rank in range(2)]
-    running = start_ranks(["tests/train/one_rank_a_node.py", *map(json.dumps, words)], outputs=outputs)
-    try:
-        codes = [process.wait(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
+    command = ["tests/train/one_rank_a_node.py", *map(json.dumps, words)]
+    run = start_ranks(command, world_size=2, folder=root / "printed")
+    return list(zip(run.wait(seconds=240), run.outputs(), strict=True))
 
 
 def places(node: Path, **others: Path) -> Flags:

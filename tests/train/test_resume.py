@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.launching import losses_of, metrics_of, run_many
+from tests.launching import FEW_HELDOUT, losses_of, metrics_of, run_many
 
 NUM_STEPS, MIDDLE = 6, 3
 COMMON = {
     "max_steps": str(NUM_STEPS),
     "save_steps": str(MIDDLE),
     "max_length": "64",
+    "eval_data": str(FEW_HELDOUT),
     "learning_rate": "1e-3",
     "r": "16",
     "num_experts": "4",

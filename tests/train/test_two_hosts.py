@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import REPOSITORY, cpu_environment, losses_of, run_ranks
+from tests.child_environment import REPOSITORY, cpu_environment
+from tests.launching import losses_of, run_ranks
 from tests.train.hosts import CABLE, Host, two_hosts, why_not
-from tests.train.test_launch import SHORT, caches, wait_until
+from tests.train.test_launch import SHORT, caches
+from tests.train.test_launchers import wait_until
 
 FLAGS = ["--ds_config", "ds_configs/zero3.json", *SHORT]
 
@@ -80,6 +82,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0], ids=["the second", "the first rank's"])
 def test_a_run_goes_on_from_its_checkpoint_where_one_host_is_lost(

@@ -12,13 +12,18 @@ from goat_ds import demo
 from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
 from goat_ds.train.config import TrainConfig
 from goat_ds.zero import decompose
+from tests.launching import FEW_HELDOUT
 
-NUM_STEPS = 20
+NUM_STEPS, NUM_FEWER_STEPS = 20, 8
+"""Of the runs that judge, and of those that must equal their first steps."""
 COMMON = {
     "precision": "fp32",
+    "eval_data": str(FEW_HELDOUT),
     "max_steps": str(NUM_STEPS),
     "max_length": "64",
     "learning_rate": "5e-4",
+    # So that a shorter run has the learning rates of a longer one.
+    "lr_scheduler": "constant_with_warmup",
     "warmup_steps": "2",
     "r": "16",
     "num_experts": "4",
@@ -26,6 +31,7 @@ COMMON = {
     "balance_coef": "0.05",
     "seed": "3",
 }
+FEWER_STEPS = {"max_steps": str(NUM_FEWER_STEPS)}
 ZERO3 = {"ds_config": "ds_configs/zero3.json"}
 TWO_IN_ONE_STEP = {"grad_accum_steps": "2"}
 

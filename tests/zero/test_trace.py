@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import pytest
 
-from goat_ds import demo
 from tests.launching import REPOSITORY, losses_of, run_ranks
 from tests.zero.plain_torch import COMMON
 
@@ -39,10 +38,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     ds_config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
     ds_config["zero_optimization"] |= SMALL
     (folder / "ds.json").write_text(json.dumps(ds_config))
-    (folder / "heldout.jsonl").write_text("".join(demo.heldout_data().read_text().splitlines(keepends=True)[:8]))
     common = COMMON | {
         "ds_config": str(folder / "ds.json"),
-        "eval_data": str(folder / "heldout.jsonl"),
         "eval_steps": "2",
         "max_steps": str(NUM_STEPS),
         "svd_cache": str(folder / "svd"),
