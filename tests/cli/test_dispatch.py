@@ -39,6 +39,8 @@ def exit_code_of(monkeypatch: pytest.MonkeyPatch, program: str, arguments: Seque
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", end)
+    # The test's process keeps its own way to be ended.
+    monkeypatch.setattr("goat_ds.train.run.Signals.listen", lambda self: None)
     try:
         return cli.main([program, *arguments])
     except SystemExit as ended:
