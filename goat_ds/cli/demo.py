@@ -1,6 +1,5 @@
 """The whole way in one command: question the embedded base, train it on two ranks, export it, question the export."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -12,9 +11,7 @@ from pathlib import Path
 
 from goat_ds import demo
 from goat_ds.arguments import flag, parse
-from goat_ds.cli.program import program
-
-logger = logging.getLogger(__name__)
+from goat_ds.cli.program import logger, program
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,12 @@ PATH is a model folder or hub name (dense exports are such folders), an exact ex
 output_dir of a run.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 
 from goat_ds.arguments import parse
-from goat_ds.cli.program import program
+from goat_ds.cli.program import logger, program
 from goat_ds.evaluate import EvalSettings, evaluate
-
-logger = logging.getLogger(__name__)
 
 
 def settings_from(arguments: Sequence[str]) -> EvalSettings:

@@ -4,7 +4,6 @@ Under ``torchrun -m -- goat_ds.cli.export`` the ranks share the calibration toke
 ``--mode lora``.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 import torch.distributed
 
 from goat_ds.arguments import flag, list_flag, parse, required_flag
-from goat_ds.cli.program import program
+from goat_ds.cli.program import logger, program
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.export import (
@@ -32,8 +31,6 @@ from goat_ds.export import (
     export_lora,
 )
 from goat_ds.precision import Precision
-
-logger = logging.getLogger(__name__)
 
 
 class Mode(StrEnum):

@@ -4,20 +4,17 @@ Nothing but the model's config.json is read. All flags of goat-ds train count as
 micro_batch_size, gradient_checkpointing, load_in_4bit, r ...); data and output_dir are not needed.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from goat_ds import plan
 from goat_ds.arguments import flag, parse_known
-from goat_ds.cli.program import program
+from goat_ds.cli.program import logger, program
 from goat_ds.errors import raise_if_any
 from goat_ds.train.cli import parse
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.preflight import REQUIRED_TO_PLAN, plan_problems, planner_of
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What all programs share: what they say is shown, and what the user got wrong ends them with exit code 2."""
 
 import functools
+import logging
 import os
 import sys
 import time
@@ -9,6 +10,9 @@ from collections.abc import Callable, Sequence
 
 from goat_ds.distributed import messages, ranks
 from goat_ds.errors import GoatError
+
+# Of all programs: one that python -m starts is named __main__, which is no part of goat_ds.
+logger = logging.getLogger(__name__)
 
 Program = Callable[[Sequence[str]], int | None]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,8 @@ def exit_code_of(monkeypatch: pytest.MonkeyPatch, program: str, arguments: Seque
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", end)
+    # The test's process keeps its own way to be ended.
+    monkeypatch.setattr("goat_ds.train.run.Signals.listen", lambda self: None)
     try:
         return cli.main([program, *arguments])
     except SystemExit as ended:
@@ -164,6 +167,17 @@ def test_the_demo_questions_trains_exports_and_questions_again(
     assert commands[0][-1] != commands[3][-1] == str(tmp_path / "demo" / "exact")
     printed = capsys.readouterr().out
     assert all(f"\n$ {' '.join(command)}\n" in printed for command in commands)
+
+
+def test_a_program_that_python_starts_as_a_module_says_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Printed
+) -> None:
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(demo.__file__), run_name="__main__")
+    assert ended.value.code == 0
+    assert f"the model is in {tmp_path / 'exact'}\n" in capsys.readouterr().out
 
 
 def test_a_step_of_the_demo_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
