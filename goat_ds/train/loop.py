@@ -132,6 +132,8 @@ class Training:
             check_enough(engines.peft_model(self.engine), num_tokens)
         checkpoints.check_room(self.engine, config.folder)
         set_damaged_aside(resumption.damaged)
+        # Not before: a run that fails until here leaves its folder empty, so that it can be mended and started again.
+        ranks.agree(inputs.keep_ds_config)
         self.metrics = Metrics(
             config.folder,
             num_steps=course.num_steps,

@@ -89,7 +89,6 @@ def _check_and_train(config: TrainConfig, signals: Signals, watch: Watch) -> Non
         logger.warning(f"{_unshared(config.folder, num_nodes=len(sizes))}")
     with locked(config.folder, timeout_minutes=config.timeout_minutes):
         ranks.agree(lambda: checkpoints.sweep(config.folder) if ranks.is_first() else None)
-        ranks.agree(inputs.keep_ds_config)
         saved = train(resumption, inputs, signals, step_done=watch.step_done)
     logger.info(f"saved {saved}")
 
