@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,10 +273,12 @@ def test_a_change_that_is_allowed_is_told_and_taken(
 @pytest.mark.slow
 def test_a_second_run_in_the_folder_of_a_running_one_is_refused(laboratory: Laboratory, whole: Path) -> None:
     folder = laboratory.folder()
-    running = laboratory.start(folder, SHORT, crash=CrashPlan(at=2, signal=None, pause=40))
+    running = laboratory.start(folder, SHORT, crash=CrashPlan(at=2, signal=signal.SIGSTOP))
     running.wait_until(lambda: len(running.touches()) == 2)
     second = laboratory.start(folder, SHORT | {"timeout_minutes": "0.2"}, printed=laboratory.folder())
     assert second.wait() == [2, 2], second.output()
+    assert running.codes() == [None, None], running.output()
+    running.kill(0, signal.SIGCONT)
     assert f"output_dir ({folder}) is in use by another run; end that run first" in second.output()
     assert running.wait() == [0, 0], running.output()
     assert_same_end(folder, whole)
