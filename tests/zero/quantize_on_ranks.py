@@ -46,17 +46,18 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        # What is no view an operator has just allocated. Looking that up in the process's maps would take minutes.
+        can_be_mapped = any(result.alias_info is not None for result in func._schema.returns)
         for tensor in output if isinstance(output, tuple | list) else [output]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not self.paused:
-                self._count(tensor.untyped_storage())
+                self._count(tensor.untyped_storage(), can_be_mapped=can_be_mapped)
         return output
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        # Looking into the process's maps for every scalar would take minutes.
-        is_large = storage.nbytes() >= 2**10
-        if storage._cdata in self.known or (is_large and is_mapped_file(storage.data_ptr())):
+    def _count(self, storage: torch.UntypedStorage, *, can_be_mapped: bool) -> None:
+        if (key := storage._cdata) in self.known:
             return
-        size, key = storage.nbytes(), storage._cdata
+        is_mapped = can_be_mapped and storage.nbytes() >= 2**10 and is_mapped_file(storage.data_ptr())
+        size = 0 if is_mapped else storage.nbytes()
         self.known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
