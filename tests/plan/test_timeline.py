@@ -36,7 +36,7 @@ def real_peaks(base: str, kind: Checkpointing, attention: str) -> tuple[int, int
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     row = torch.zeros(1, NUM_TOKENS, dtype=torch.long)
     positions = torch.cat([torch.arange(NUM_TOKENS // 2)] * 2)[None]
-    batch = MicroBatch(row, positions, row.clone(), torch.arange(NUM_LABELS), 2, NUM_TOKENS, False)
+    batch = MicroBatch(row, positions, row.clone(), torch.arange(NUM_LABELS), num_tokens=NUM_TOKENS, is_filler=False)
     known = [*model.parameters(), *model.buffers(), *(value for value in batch if isinstance(value, torch.Tensor))]
     with LiveBytes(known) as live:
         loss = model.base_model.with_balance_loss(label_loss_sum(model, batch))  # type: ignore[operator]
