@@ -5,6 +5,11 @@ from enum import StrEnum
 import torch
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as adapter files and reports store it: bfloat16 and not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Precision(StrEnum):
     """Dtype of weights and products; optimizer state and master weights are fp32 in each."""
 

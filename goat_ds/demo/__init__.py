@@ -1,14 +1,12 @@
 """The embedded demo: a tiny pretrained LLaMA, and instruction data about the made-up world it has read of.
 
-    wording.py    how a fact is stated, and how an instruction asks for it
-    world.py      a seed -> the world's facts, the text that states them, the instructions that ask for them
-    pretrain.py   that text -> SentencePiece tokenizer and pretrained base (``python -m tools.make_demo.pretrain``)
     base/         the base, a Hugging Face folder of less than 4 MiB
     data/         instructions in Alpaca format; no fact is asked for in both files
     run.yaml      settings of a run that learns them
     exam.py       questions a model about the held-out ones, with plain transformers
 
 The base has read every fact and can complete a sentence that states it, but has never seen an instruction.
+``tools/make_demo`` in the repository made both.
 """
 
 from importlib.resources import as_file, files

@@ -29,6 +29,7 @@ from goat_ds.evaluate.questions import (
 from goat_ds.evaluate.report import Report
 from goat_ds.evaluate.settings import EvalSettings, Metric
 from goat_ds.evaluate.subject import Subject, find_subject
+from goat_ds.precision import dtype_name
 
 T = TypeVar("T")
 
@@ -217,7 +218,7 @@ def _head(settings: EvalSettings, prepared: Prepared, model: Any) -> Report:
         kind=subject.kind,
         weights=subject.base.name,
         base_quantization=None if quantization is None else quantization.to_dict(),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         data=tuple(settings.data or ()),
         limit=settings.limit,
         num_records=len(prepared.records) - dropped.total(),

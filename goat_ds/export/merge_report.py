@@ -18,6 +18,7 @@ from goat_ds.export.fit import Fit, LayerFit
 from goat_ds.export.merge import Merge
 from goat_ds.export.refine import Refined
 from goat_ds.export.stored_base import StoredBase
+from goat_ds.precision import dtype_name
 
 REPORT_NAME = "export_report.json"
 MERGE_REPORT_NAME = "merge_report.json"
@@ -254,20 +255,16 @@ def _values(adapter: Adapter, base: StoredBase, merge_base: MergeBase, dtype: to
         return f"not those of training, which computed with 4-bit weights ({trained.packing})"
     if base.is_4bit and not trained:
         return "not those of training, which had an unquantised base"
-    if trained and trained.compute_dtype != _named(adapter.dtype):
+    if trained and trained.compute_dtype != dtype_name(adapter.dtype):
         return (
             f"those of training up to rounding: 4-bit layers computed in {trained.compute_dtype} there, and their "
-            f"weights are {_named(dtype)} here"
+            f"weights are {dtype_name(dtype)} here"
         )
     if adapter.dtype != dtype:
         return (
-            f"those of training up to rounding: the adapter's tensors are {_named(adapter.dtype)}, and the folder "
-            f"loads in {_named(dtype)}"
+            f"those of training up to rounding: the adapter's tensors are {dtype_name(adapter.dtype)}, and the folder "
+            f"loads in {dtype_name(dtype)}"
         )
     if trained and not base.is_4bit:
         return "exactly those of training, where bitsandbytes quantises the base here as it did there"
     return "exactly those of training"
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

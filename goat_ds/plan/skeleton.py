@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from goat_ds.base.inspect import Base
+from goat_ds.precision import dtype_name
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.config import GoatConfig
 from goat_ds.tuner.model import ADAPTER_NAME, linear_shape, named_experts
@@ -137,15 +138,11 @@ def _as_stored(values: dict[str, Any], *, dtype: torch.dtype, compute_dtype: tor
     kept = values.get("llm_int8_skip_modules") or ()
     return BaseQuantization(
         packing=packing,
-        dtype=_named(dtype),
-        weight_dtype=_named(dtype),
-        compute_dtype=_named(compute_dtype),
+        dtype=dtype_name(dtype),
+        weight_dtype=dtype_name(dtype),
+        compute_dtype=dtype_name(compute_dtype),
         kept=tuple(kept),
     )
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _make_4bit(model: Any, quantization: BaseQuantization, *, dtype: torch.dtype) -> None:

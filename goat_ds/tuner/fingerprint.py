@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from goat_ds.precision import dtype_name
+
 NUM_VALUES = 64
 """Values of one layer that are looked at."""
 
@@ -60,7 +62,7 @@ def fingerprint(samples: Mapping[str, LayerSample], *, dtype: str | None = None)
         dtype: That values are rounded to first; None: the narrowest of the samples.
     """
     narrowest = min((sample.values_N.dtype for sample in samples.values()), key=lambda found: found.itemsize)
-    dtype = dtype or str(narrowest).removeprefix("torch.")
+    dtype = dtype or dtype_name(narrowest)
     digest = hashlib.sha256()
     for path, (shape, values_N) in sorted(samples.items()):
         digest.update(f"{path} {shape[0]} {shape[1]} ".encode())

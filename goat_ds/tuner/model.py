@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds.errors import ConfigError, MergeError, raise_if_any
 from goat_ds.method.routing import BalanceSignal, carry_balance, carry_balance_by_log_probs
 from goat_ds.method.spectrum import segment_problem
+from goat_ds.precision import dtype_name
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize, plain_path
 from goat_ds.tuner.config import Residual
 from goat_ds.tuner.fingerprint import BaseFingerprint, fingerprint, sample_layer
@@ -279,9 +280,9 @@ class GoatModel(BaseTuner):
         weight_dtype = first.weight_dtype if is_ours else first.weight.quant_state.dtype
         return BaseQuantization(
             packing=packings.pop(),
-            dtype=_named(dtype),
-            weight_dtype=_named(weight_dtype),
-            compute_dtype=_named(first.compute_dtype or dtype),
+            dtype=dtype_name(dtype),
+            weight_dtype=dtype_name(weight_dtype),
+            compute_dtype=dtype_name(first.compute_dtype or dtype),
             kept=tuple(path for path, layer in layers if not is_4bit(layer)),
         )
 
@@ -459,10 +460,6 @@ def _like(base: Any) -> Tensor:
     # bitsandbytes' storage says nothing of what the model computes in, not even where it is a floating-point dtype.
     dtype = base.dtype if isinstance(base, QuantizedLinear) else torch.get_default_dtype()
     return torch.empty(0, dtype=dtype, device=base.weight.device)
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _what_counts(quantization: BaseQuantization | None) -> Any:
