@@ -4,8 +4,8 @@
 
 Both save the same engine under ZeRO-3 in bf16 on two ranks of one thread each, in turn. The rival is
 ``engine.save_checkpoint(dir, exclude_frozen_parameters=True)``: pickles of each rank that load on that number of ranks
-only, without the frozen start of the experts, left to the kernel to be written. Ours loads on any number of ranks, has
-the PEFT adapter in it and a hash of every file, and is on the disk when it has its name. Shapes are those of
+only, without the initial factors of the experts, left to the kernel to be written. Ours loads on any number of ranks,
+has the PEFT adapter in it and a hash of every file, and is on the disk when it has its name. Shapes are those of
 Gemma-3-270M, with random weights, r 32 and 8 experts; the sample of the data that a run keeps beside is left out. Bytes
 are also held against 12 for each trained parameter (fp32 value and Adam's moments) and the adapter's folder. A step is
 forward, backward and update of one row a rank.

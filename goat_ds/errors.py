@@ -2,6 +2,7 @@
 
 GoatError
 ├── ConfigError     what the user gave is wrong: every problem at once, before anything expensive
+│   └── LeftoverError   a base has the files of an adapter beside it
 ├── MergeError      a routed mixture was asked to become one dense weight in place
 ├── TrainingError   the run stopped itself: a non-finite loss, a rank that failed
 │   ├── SaveError       a checkpoint could not be written; the earlier ones are whole
@@ -35,6 +36,10 @@ class ConfigError(GoatError, ValueError):
         return type(self), self.problems
 
 
+class LeftoverError(ConfigError):
+    """A base's folder also holds the files of an adapter, which transformers would load with it."""
+
+
 class MergeError(GoatError, NotImplementedError):
     """A routed mixture depends on the token, so no dense weight equals it."""
 
@@ -57,7 +62,7 @@ class ExportError(GoatError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name: what one line of a message has room for."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def raised_everywhere(*problems: str) -> ConfigError:

@@ -357,7 +357,7 @@ def _end(code: object) -> NoReturn:
 
 
 def _draw_other_numbers() -> None:
-    """Give a fork generators of its own, as a process has that was started: nothing of a run may depend on them."""
+    """Return a fork generators of its own, as a process has that was started: nothing of a run may depend on them."""
     import numpy as np
     import torch
 

@@ -41,7 +41,7 @@ def room_of(parts: tuple[str, ...]) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """Walk over the modules that a file imports, anywhere in it, as dotted parts."""
+    """Yield the modules that a file imports, anywhere in it, as dotted parts."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -115,6 +115,18 @@ def test_what_is_said_on_stdout_goes_through_the_logger(path: Path) -> None:
             called, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
             assert called != "print" or words.get("file") == "sys.stderr" or where in PRINTING, f"line {node.lineno}"
             assert called != "tqdm.write" or where in BESIDE_BARS, f"line {node.lineno}"
+
+
+READING_THE_ENVIRONMENT = {"train/environment.py", "train/config.py", "cli/export.py", "cli/program.py", "cli/demo.py"}
+
+
+def test_the_environment_is_read_in_few_places() -> None:
+    reading = set()
+    for path in FILES:
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        if names & {"environ", "getenv", "putenv"}:
+            reading.add(str(path.relative_to(PACKAGE)))
+    assert reading == READING_THE_ENVIRONMENT
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from goat_ds.base.authors_code import authors_code, config_as_stored
-from goat_ds.errors import ConfigError, first_line
+from goat_ds.errors import ConfigError, LeftoverError, first_line
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def inspect(
         without_own_code: What to do about a model that needs code of its author.
 
     Raises:
-        ConfigError: there is no config that transformers knows, it needs code of its author, or files of an adapter lie
-            beside it.
+        LeftoverError: files of an adapter lie beside it.
+        ConfigError: there is no config that transformers knows, or it needs code of its author.
     """
     named = named or f"model ({model})"
     try:
@@ -156,7 +156,7 @@ def inspect(
     if code:
         raise ConfigError(f"{named} needs code of its author ({code}), and {without_own_code}")
     if leftover:
-        raise ConfigError(
+        raise LeftoverError(
             f"{named} is not only a base: {leftover} lies beside it, and transformers would load that adapter "
             "with it; move the adapter's files out of the folder, or merge the adapter into the base first"
         )

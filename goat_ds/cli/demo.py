@@ -16,7 +16,7 @@ from goat_ds.cli.program import logger, program
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    """What the demo can be told."""
+    """Settings of the demo."""
 
     output: Path | None = flag(None, "a new folder; runs/make-demo-<n> by default")
 

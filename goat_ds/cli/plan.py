@@ -19,7 +19,7 @@ from goat_ds.train.preflight import REQUIRED_TO_PLAN, plan_problems, planner_of
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags:
-    """What a plan is told beside the flags of the run."""
+    """Settings of a plan beside the flags of the run."""
 
     world_size: int = flag(1, "ranks of the run, one a GPU")
 

@@ -95,7 +95,7 @@ class Batches:
 
 
 def batches(dataset: Dataset, plan: BatchPlan, *, world_rank: int) -> Batches:
-    """Return ``world_rank`` its part of every global batch of ``plan``."""
+    """Return the part of ``world_rank`` of every global batch of ``plan``."""
     return Batches(
         dataset=dataset.with_format("numpy", columns=["input_ids", "labels"]), plan=plan, world_rank=world_rank
     )

@@ -59,7 +59,7 @@ ROLES = {
 
 
 MAX_PROBLEMS = 10
-"""Problems of one kind told in full; the rest are counted."""
+"""Problems of one kind reported in full; the rest are counted."""
 
 
 class DropReason(StrEnum):

@@ -1,7 +1,7 @@
 """Remember the content of files by their size and times, so that what has not changed is not read again.
 
 What is kept of a file is one small file under a name that its path determines. Whoever rewrites a file changes its
-times, so what is kept no longer fits and the file is read.
+times, so what is kept no longer fits and the file is read. A file that was new when it was read is read once more.
 """
 
 import hashlib
@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from goat_ds.manifest import sha256_of
+
+RACY_NS = 2 * 10**9
+"""How much later than the file its entry must be written. A disk counts time in ticks, of seconds at most, and a file
+that is written twice within one tick looks the same."""
 
 
 class KnownFiles:
@@ -26,7 +30,7 @@ class KnownFiles:
         kept = self._folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
         before = _looks(path)
         known = _read(kept)
-        if known is not None and known["looks"] == before:
+        if known is not None and known["looks"] == before and _is_settled(kept, before):
             return str(known["sha256"])
         found = sha256_of(path)
         # A file that is being written has the digest of neither its old nor its new content.
@@ -39,6 +43,15 @@ def _looks(path: Path) -> list[int]:
     """Return what changes whenever a file is written or replaced."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _is_settled(kept: Path, looks: list[int]) -> bool:
+    """Whether a file was read so long after it was written that a later change shows in its times."""
+    _, modified_ns, changed_ns, _ = looks
+    try:
+        return kept.stat().st_mtime_ns - max(modified_ns, changed_ns) > RACY_NS
+    except OSError:
+        return False
 
 
 def _read(kept: Path) -> dict[str, Any] | None:

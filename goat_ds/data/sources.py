@@ -8,7 +8,7 @@ A *source* is what the user names after ``--data``:
 - a data set on the hub, ``owner/name`` or ``owner/name:config``.
 
 Each record is recognised on its own, so sources of different formats mix. What is wrong anywhere in any of
-them is told at once.
+them is reported at once.
 """
 
 import hashlib
@@ -86,6 +86,8 @@ def digest_of(sources: Sequence[str], *, split: str = "train", digest_file: Call
                 digest.update(f"{part.name}\0{part.digest(digest_file)}\0".encode())
         except ConfigError as error:
             problems += error.problems
+        except OSError as error:
+            problems.append(f"{source}: cannot be read: {error.strerror}")
     raise_if_any(problems)
     return digest.hexdigest()
 
@@ -123,7 +125,7 @@ def _parts(source: str, split: str) -> list[Part]:
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         return _saved_parts(path, split) if saved else _folder_parts(path, split)
-    # A missing file is told at once; only what can be nothing but a hub name is worth a trip over the network.
+    # A missing file is reported at once; only what can be nothing but a hub name is worth a trip over the network.
     hub = HUB_NAME.fullmatch(source)
     if hub is None or path.suffix in READERS or source.startswith("."):
         raise ConfigError(f"{source}: no such file or folder")

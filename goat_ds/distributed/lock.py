@@ -1,6 +1,7 @@
 """Keep two runs out of one folder: each would delete what the other is writing."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,8 +47,7 @@ def _acquired(folder: Path, patience_s: float) -> BaseFileLock:
     try:
         (folder / LOCK_NAME).touch()
     except OSError as error:
-        problem = f"output_dir ({folder}) cannot be written to: {error.strerror}; choose another folder"
-        raise ConfigError(problem) from error
+        raise ConfigError(_unwritable(folder, error)) from error
     # A soft lock, which is a file's being there, would outlive a run that is killed.
     lock = FileLock(folder / LOCK_NAME, fallback_to_soft=False)
     try:
@@ -59,6 +59,13 @@ def _acquired(folder: Path, patience_s: float) -> BaseFileLock:
     except OSError as error:
         logger.warning(f"output_dir ({folder}) cannot be locked ({error.strerror}); see that no other run uses it")
     return lock
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    path = folder / LOCK_NAME
+    if path.exists() and os.access(folder, os.W_OK):
+        return f"output_dir: {path} belongs to another user ({error.strerror}); if no run uses the folder, delete it"
+    return f"output_dir ({folder}) cannot be written to: {error.strerror}; choose another folder"
 
 
 def _wait_for(lock: BaseFileLock, folder: Path, patience_s: float) -> None:

@@ -34,7 +34,7 @@ def get_world_size() -> int:
 
 
 def get_local_rank() -> int:
-    """Return this process's place among those of its node, as the launcher has told torch."""
+    """Return this process's place among those of its node, as the launcher has set it for torch."""
     return torch.distributed.get_node_local_rank(fallback_rank=0)
 
 

@@ -4,7 +4,7 @@
                 questions   records to prompts, expected answers and choices
                 perplexity, exact_match, choice_accuracy, harness ─> report
 
-Everything that can be wrong and can be known before a weight is read is told at once. One process, one device.
+Everything that can be wrong and can be known before a weight is read is reported at once. One process, one device.
 """
 
 from goat_ds.evaluate.evaluation import evaluate

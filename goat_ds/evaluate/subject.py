@@ -197,7 +197,8 @@ def _base_of(path: Path, peft_config: Any, settings: EvalSettings) -> Base:
             without_own_code=LOOK_AT_CODE,
         )
     except ConfigError as error:
-        raise ConfigError(f"{error}; say where it is with --base PATH") from error
+        way_out = "" if LOOK_AT_CODE in str(error) else "; say where it is with --base PATH"
+        raise ConfigError(f"{error}{way_out}") from error
 
 
 def _misfits(adapter: Adapter, *, is_stored: bool) -> Iterator[str]:

@@ -224,7 +224,7 @@ def _merge(
     found = find_base(adapter, base, weights=True)
     check_fit(adapter, found.skeleton)
     merge = Merge(adapter, found, choose_weights(adapter, found, merge_base), dtype)
-    # Lays the tensors out, so that a layer that is missing is told as such and not as another base.
+    # Lays the tensors out, so that a layer that is missing is reported as such and not as another base.
     dense_tensors(merge)
     check_base(adapter, found)
     return merge

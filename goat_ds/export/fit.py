@@ -32,7 +32,7 @@ class Fit(StrEnum):
 
 
 class LayerFit(NamedTuple):
-    """Static forms of one layer: ``A'`` in fp32 ``[R, I]``, fitted and with mean gates, and what each misses.
+    """Dense forms of one layer: ``A'`` in fp32 ``[R, I]``, fitted and with mean gates, and what each misses.
 
     See ``method.dense_fit.DenseFit``.
     """
@@ -82,7 +82,7 @@ def _sum_over_ranks(sums: Mapping[str, FitSums]) -> None:
 
 
 def _fit(experts: GoatExperts, sums: FitSums, *, owner: int) -> LayerFit:
-    """Let one rank solve, and return all what it found."""
+    """Solve on one rank, and return on all what it found. A collective."""
     forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
     missed = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
     if owner == ranks.get_rank():

@@ -36,7 +36,7 @@ def check_room(output: Path, num_bytes: int) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Return a temporary folder beside ``output`` that takes its name at the end, or is removed on any error.
+    """Yield a temporary folder beside ``output`` that takes its name at the end, or is removed on any error.
 
     Raises:
         ExportError: the disk refuses.

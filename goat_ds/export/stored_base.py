@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from goat_ds.base.inspect import Base, inspect
-from goat_ds.errors import ConfigError, ExportError
+from goat_ds.errors import ConfigError, ExportError, LeftoverError
 from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.tensors import INDEX_NAME, StoredTensor, stored_tensors
 
@@ -47,10 +47,13 @@ class StoredBase:
         """What it is.
 
         Raises:
-            ExportError: transformers cannot tell without running code of its author, or it is not only a base.
+            LeftoverError: it is not only a base.
+            ExportError: transformers cannot tell without running code of its author.
         """
         try:
             return inspect(str(self.path), named=f"base ({self.path})")
+        except LeftoverError:
+            raise
         except ConfigError as error:
             raise ExportError(f"{error}; use --mode adapter") from error
 

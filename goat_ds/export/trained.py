@@ -60,7 +60,7 @@ class TrainedModel:
 
     @contextmanager
     def computing_with(self, name: str) -> Iterator[nn.Module]:
-        """Return the model with one of its two adapters active."""
+        """Yield the model with one of its two adapters active."""
         for layer in self.layers.values():
             layer.set_adapter([name])
         try:

@@ -4,7 +4,8 @@
     dense    y = W0 x + b + s B A' x         - s/E B0 A0 x        A' = E[(g ∘ Ax) xᵀ] E[x xᵀ]⁻¹
 
 ``A'`` is the best linear prediction of the gated activations from the layer's input, and so ``B A' x`` is that of the
-mixture's output, whatever ``B`` is. The dense form is dense: ``ΔW = s B A' - s/E B0 A0`` has rank 2 R at most.
+mixture's output, whatever ``B`` is. Its change of the weight, ``ΔW = s B A' - s/E B0 A0``,
+has rank 2 R at most.
 
 Shape letters: T tokens, I in features, O out features, E experts, R total rank, D = R / E.
 """

@@ -48,20 +48,20 @@ class BalanceSignal:
         loads: The routers' loads of the current forward, by layer name.
         balance: ``coef * L_b`` of every router of the current forward, detached, by layer name.
         upstream: Gradient that arrived at the total loss: 1, the loss scale, 1 / accumulation steps ...
-        has_warned: Whether that loss itself brought it, so that nothing need be read from log-probabilities.
+        loss_carried_it: Whether that loss itself brought it, so that nothing need be read from log-probabilities.
     """
 
     mask: Tensor | None = None
     loads: dict[str, RouterLoad] = field(default_factory=dict)
     balance: dict[str, Tensor] = field(default_factory=dict)
     upstream: Tensor | float | None = None
-    has_warned: bool = False
+    loss_carried_it: bool = False
 
     def begin_forward(self, mask: Tensor | None) -> None:
         """Forget the last micro-batch; ``mask`` says which tokens of the new one are real."""
         self.mask = mask
         self.loads, self.balance = {}, {}
-        self.upstream, self.has_warned = None, False
+        self.upstream, self.loss_carried_it = None, False
 
     def record(self, name: str, load: RouterLoad, *, coef: float) -> None:
         """Keep a router's load; a layer recomputed under checkpointing records the same once more."""
@@ -83,7 +83,7 @@ class BalanceSignal:
     def take_upstream(self, *, like: Tensor) -> Tensor:
         """Return the factor for a router's balance gradient, where ``like`` is; 0 and a warning when no loss has it."""
         if self.upstream is None:
-            _warn("nothing told it of the routers")
+            _warn("nothing connected it with the routers")
             self.upstream = 0.0
         return torch.as_tensor(self.upstream, device=like.device, dtype=like.dtype)
 
@@ -169,7 +169,7 @@ class _CarryBalance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.signal.upstream, ctx.signal.has_warned = grads[0].sum() * ctx.weight, True
+        ctx.signal.upstream, ctx.signal.loss_carried_it = grads[0].sum() * ctx.weight, True
         return grads[0], None, None, None
 
 
@@ -183,7 +183,7 @@ class _CarryByLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.signal.has_warned:
+        if ctx.signal.loss_carried_it:
             return grads[0], None, None
         # Positions without a label have the log-probability 0, and are summed with the others.
         labelled = grads[0] if ctx.label_mask is None else grads[0] * ctx.label_mask

@@ -1,8 +1,8 @@
 """What a run needs, before it is paid for: parameters, bytes of a rank, seconds of the start, and GPUs that suffice.
 
     skeleton   config.json ─> every parameter without its memory
-    timeline   one micro-batch on tensors without memory ─> what is held at every moment
-    gathering  what ZeRO-3 has gathered at every moment
+    timeline   one micro-batch on tensors without memory ─> what is held at every instant
+    gathering  what ZeRO-3 has gathered at every instant
     memory     bytes of a rank in training and in a checkpoint
     start      bytes while a base is loaded, seconds of the decompositions
     advice     what of a ds_config is slow, or needs memory for nothing

@@ -1,4 +1,4 @@
-"""What ZeRO-3 holds gathered at every moment of a step, by the rules of DeepSpeed 0.19.8's parameter coordinator.
+"""What ZeRO-3 holds gathered at every instant of a step, by the rules of DeepSpeed 0.19.8's parameter coordinator.
 
 From the third forward on it knows the order in which modules are used. Before a module runs it gathers the parameters
 that are not there, then asks for those of the modules that follow, ``prefetch_bucket`` values at a time. Several
@@ -31,7 +31,7 @@ class Gathered(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Bytes of gathered parameters at a instant."""
+    """Bytes of gathered parameters at an instant."""
 
     while_gathering: int
     """Most of them while its border is crossed."""
@@ -51,7 +51,7 @@ class _Buffer:
 
 
 def follow(instants: Sequence[Instant], parameters: Mapping[Use, Gathered], zero: ZeroSizes) -> Iterator[Load]:
-    """Follow a step; return the load of every instant."""
+    """Yield the load of every instant of a step."""
     steps = [instant.parameters for instant in instants if instant.enters]
     coordinator = _Coordinator(steps, parameters, zero)
     leaving: tuple[Use, ...] = ()

@@ -38,7 +38,7 @@ class Decompositions:
         """Estimate the time until all ranks are done, each as fast as this process is now."""
         dealt = waves(list(self._skeleton.weights), cost=self._skeleton.cost, world_size=world_size)
         dearest = [wave[0][0] for wave in dealt]
-        # Without a decomposition there is nothing to time: packing takes moments.
+        # Without a decomposition there is nothing to time: packing takes no time worth counting.
         costs = [self._skeleton.cost(path) for path in dearest if path in self._skeleton.decomposed]
         return sum(costs) * self._seconds_per_cost if costs else 0.0
 
@@ -101,7 +101,7 @@ def loading_phases(placement: Placement, decompositions: Decompositions, *, is_m
 
 
 def _worst_parts(memories: Sequence[Memory], place: Place) -> list[Part]:
-    """Return what is held in one place at the moment at which that is most."""
+    """Return what is held in one place at the instant at which that is most."""
     worst = max(memories, key=lambda memory: memory.on(place))
     return [part for part in worst.parts if part.place is place]
 
@@ -145,7 +145,7 @@ def _while_starting(placement: Placement, decompositions: Decompositions, *, is_
 
 
 def _worst_wave(placement: Placement, decompositions: Decompositions, *, grows: bool, place: Place) -> Iterator[Part]:
-    """Return the weight a rank works on, and with it the 4-bit layers that are done by then."""
+    """Yield the weight a rank works on, and with it the 4-bit layers that are done by then."""
     skeleton, sharers = placement.skeleton, placement.world_size if placement.zero.stage == 3 else 1
     dealt = waves(list(skeleton.weights), cost=skeleton.cost, world_size=placement.world_size)
     rounds = [[path for path, _ in wave] for wave in dealt]

@@ -59,7 +59,7 @@ class Placement(NamedTuple):
 
 
 def in_training(placement: Placement, timeline: Timeline, *, torch_adam: bool) -> Memory:
-    """Return what a rank holds at the worst moment of a step that is not the first.
+    """Return what a rank holds at the worst instant of a step that is not the first.
 
     Args:
         placement: Model, ZeRO and ranks.
@@ -67,20 +67,20 @@ def in_training(placement: Placement, timeline: Timeline, *, torch_adam: bool) -
         torch_adam: Whether AdamW is torch's, which works in tensors of its own.
     """
     kept = [*weights(placement), *optimizer(placement)]
-    moment = _worst_instant(placement, timeline)
+    busiest = _worst_instant(placement, timeline)
     at_step = list(_optimizer_step(placement, torch_adam=torch_adam))
-    busiest = max(moment, at_step, key=lambda parts: sum(part.num_bytes for part in parts))
+    busiest = max(busiest, at_step, key=lambda parts: sum(part.num_bytes for part in parts))
     return Memory((*kept, *busiest))
 
 
 def weights(placement: Placement) -> Iterator[Part]:
-    """Return what a rank holds of the model between two uses of it."""
+    """Yield what a rank holds of the model between two uses of it."""
     skeleton, zero, world_size = placement.skeleton, placement.zero, placement.world_size
     place = Place.HOST if zero.offloads_parameters and zero.stage == 3 else Place.DEVICE
     names = {
         Kind.BASE: "base",
         Kind.FOUR_BIT: "base, 4-bit layers with their statistics",
-        Kind.INITIAL: "adapter, frozen start",
+        Kind.INITIAL: "adapter, initial factors",
         Kind.TRAINED: "adapter, trained",
     }
     for kind, name in names.items():
@@ -133,7 +133,7 @@ def own_values(placement: Placement) -> int:
 
 
 def optimizer(placement: Placement) -> Iterator[Part]:
-    """Return what a rank holds to train, between two steps and while gradients come."""
+    """Yield what a rank holds to train, between two steps and while gradients come."""
     zero, own = placement.zero, own_values(placement)
     value_bytes, place = _trained(placement)[0].value_bytes, Place.HOST if zero.offloads_optimizer else Place.DEVICE
     yield Part("master weights, fp32", own * MASTER_BYTES, place)
@@ -169,7 +169,7 @@ def _worst_instant(placement: Placement, timeline: Timeline) -> list[Part]:
 
 
 def gathered_over_time(placement: Placement, timeline: Timeline) -> Sequence[Load]:
-    """Return what ZeRO-3 gathers at every moment; with one rank and below ZeRO-3 there is nothing to gather."""
+    """Return what ZeRO-3 gathers at every instant; with one rank and below ZeRO-3 there is nothing to gather."""
     if placement.zero.stage != 3 or placement.world_size == 1:
         return [Load(0, 0)] * len(timeline.instants)
     return list(follow(timeline.instants, _as_gathered(placement), placement.zero))

@@ -125,7 +125,7 @@ class Planner:
         return base.is_4bit or base.config.dtype in (None, self.settings.dtype)
 
     def placement(self, world_size: int) -> Placement:
-        """Return the run on so many ranks."""
+        """Return where the tensors of the run lie on so many ranks."""
         return Placement(self.skeleton, self.zero, world_size)
 
     def _timeline_of(self, kind: Checkpointing, num_tokens: int) -> Timeline:
@@ -145,11 +145,11 @@ class Planner:
         return self.timeline_of(self.settings.checkpointing, self.settings.num_tokens)
 
     def in_training(self, world_size: int) -> Memory:
-        """Return what each of so many ranks holds at the worst moment of a step."""
+        """Return what each of so many ranks holds at the worst instant of a step."""
         return in_training(self.placement(world_size), self.timeline, torch_adam=self.settings.engine.torch_adam)
 
     def while_loading(self, world_size: int) -> Memory:
-        """Return what each of so many ranks holds at the worst moments of loading."""
+        """Return what each of so many ranks holds at the worst instants of loading."""
         return loading.while_loading(self.loading_phases(world_size))
 
     def loading_phases(self, world_size: int) -> list[Memory]:
@@ -199,7 +199,7 @@ class Planner:
         return [(names, self.like(settings)) for names, settings in self._changed_settings()]
 
     def _changed_settings(self) -> Iterator[tuple[tuple[str, ...], PlanSettings]]:
-        """Return the run with ever more of what saves memory, the cheapest first."""
+        """Yield settings of the run with ever more of what saves memory, the cheapest first."""
         settings, names = self.settings, tuple[str, ...]()
         if settings.checkpointing is Checkpointing.NONE:
             settings = dataclasses.replace(settings, checkpointing=Checkpointing.NON_REENTRANT)

@@ -96,7 +96,7 @@ def build(
     quantization: BaseQuantization | None,
     compute_dtype: torch.dtype,
 ) -> Skeleton:
-    """Put the adapter on a model without weights; what is wrong with either must have been told before.
+    """Put the adapter on a model without weights; what is wrong with either must have been reported before.
 
     Args:
         base: What it is.

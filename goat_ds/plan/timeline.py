@@ -1,4 +1,4 @@
-"""What one micro-batch's forward and backward hold at every moment, counted on tensors without memory.
+"""What one micro-batch's forward and backward hold at every instant, counted on tensors without memory.
 
 A few blocks of the model run on torch's fake tensors, as they would on a CPU: same operators, same saved tensors, same
 lifetimes, no memory and no arithmetic. A middle block then stands for all blocks between the first and the last. So
@@ -61,7 +61,7 @@ class Instant(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The moments of one micro-batch, in order, and what is held between forward and backward."""
+    """The instants of one micro-batch, in order, and what is held between forward and backward."""
 
     instants: tuple[Instant, ...]
     kept: int
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Tensors that were there before.
-        one_document: What the model is told where it asks for a value: whether a row holds one document only.
+        one_document: What the model is given where it asks for a value: whether a row holds one document only.
     """
 
     def __init__(self, known: Iterable[Tensor], *, one_document: bool = False) -> None:
@@ -138,12 +138,12 @@ class _Recorder:
         return note
 
     def begin(self, enters: bool, backward: bool, path: str, own: tuple[str, ...]) -> None:
-        """End the moment before and begin one."""
+        """End the instant before and begin one."""
         self.end()
         self._begun = (self._live.held, enters, backward, path, own)
 
     def end(self) -> None:
-        """End the moment that has begun."""
+        """End the instant that has begun."""
         begins, enters, backward, path, own = self._begun
         uses = tuple(self._use(name) for name in own)
         peak = self._live.take_peak()

@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str], *, required: Sequence[str] = REQUIRED) -> Tr
 
     Args:
         arguments: Of the command line.
-        required: Settings whose absence is told along with mistakes, unless the embedded demo's are taken.
+        required: Settings whose absence is reported with the mistakes, unless the embedded demo's are taken.
 
     Raises:
         ConfigError: unknown flags or keys, flags that other flags make useless; then wrong numbers as well. Or a value

@@ -94,7 +94,7 @@ class TrainConfig:
     resume: str | None = flag(
         None, "checkpoint to go on from: auto (the newest whole one of output_dir, else from the start) or its folder"
     )
-    allow_changed: bool = flag(False, "resume although settings changed that make it another run; each is told")
+    allow_changed: bool = flag(False, "resume although settings changed that make it another run; each is reported")
     seed: int = flag(0, "seed of routers, dropout and the order of the data")
     dry_run: bool = flag(False, "check everything that can be checked without reading weights, then stop")
     timeout_minutes: float = flag(30.0, "minutes within which a rank that stops answering ends the run")

@@ -1,4 +1,4 @@
-"""What launchers and users say in the environment: the one place of goat_ds that reads it."""
+"""What launchers and users say in the environment of a run."""
 
 import os
 import socket
@@ -56,7 +56,7 @@ def first_rank_address() -> str:
 
 
 def world_rank_from_environment() -> int:
-    """Return this process's place in the run before settings are read; 0 where no launcher has told it."""
+    """Return this process's place in the run before settings are read; 0 where no launcher has set it."""
     return int(os.environ.get("RANK", "0"))
 
 

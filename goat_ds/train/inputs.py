@@ -104,22 +104,28 @@ def read_inputs(config: TrainConfig, *, world_size: int | None = None) -> Inputs
     raw: dict[str, Any] | None = None
     unreadable: list[str] = []
     if config.ds_config is not None:
+        path = config.ds_config
         # The file of one node counts, so that all ranks train by the same.
-        raw, unreadable = ranks.object_from(0, ds_config.read(config.ds_config) if ranks.is_first() else ({}, []))
+        raw, unreadable = ranks.agree_from_first(lambda: ds_config.read(path))
         raw = None if unreadable else raw
-    base = None
-    if config.model or config.is_demo:
-        try:
-            base = inspect(config.base_name)
-        except ConfigError as error:
-            unreadable = [*unreadable, *error.problems]
+    base, unreadable_base = ranks.first_on_node_then_others(lambda: _inspected(config))
     return Inputs(
         config=config,
         world_size=ranks.get_world_size() if world_size is None else world_size,
         found_ds_config=raw,
         found_base=base,
-        unreadable=tuple(unreadable),
+        unreadable=(*unreadable, *unreadable_base),
     )
+
+
+def _inspected(config: TrainConfig) -> tuple[Base | None, list[str]]:
+    """Return what the base is, or why its config cannot be read; neither where no base is named."""
+    if not (config.model or config.is_demo):
+        return None, []
+    try:
+        return inspect(config.base_name), []
+    except ConfigError as error:
+        return None, list(error.problems)
 
 
 def with_4bit(config: TrainConfig) -> TrainConfig:

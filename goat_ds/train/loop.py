@@ -90,7 +90,7 @@ class Course(NamedTuple):
 
 
 def course_of(resumption: Resumption, inputs: Inputs) -> Course:
-    """Read and pack the data, and hold that a checkpoint is of the run that the settings make. A collective."""
+    """Read and pack the data, and check that a checkpoint is of the run that the settings make. A collective."""
     config = inputs.config
     tokens, heldout = load_all_tokens(inputs)
     plan = batch_plan(config, tokens.packed, global_batch_size=resumption.global_batch_size)

@@ -58,7 +58,7 @@ def problems(resumption: Resumption, inputs: Inputs) -> Iterator[str]:
         if getattr(config, name) is Precision.FP16 and not engine.supports_fp16():
             yield f"{name} (fp16) is not supported by this device; use bf16 or fp32"
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
-    # What config and tokenizer are both missing is told once; with wrong numbers no adapter can be put anywhere.
+    # What config and tokenizer are both missing is reported once; with wrong numbers no adapter can be put anywhere.
     yield from dict.fromkeys([*inputs.unreadable, *_model_problems(resumption, inputs, rehearsable=not numbers)])
 
 

@@ -57,9 +57,9 @@ class GoatExperts(nn.Module):
         r, num_experts = config.r, config.num_experts
         self.A = nn.Parameter(torch.empty(r, in_features, **place))
         self.B = nn.Parameter(torch.empty(out_features, r, **place))
-        has_start = config.init.decomposes
-        self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_start else None
-        self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_start else None
+        has_initial = config.init.decomposes
+        self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_initial else None
+        self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_initial else None
         has_router = num_experts > 1 and config.routed
         self.router = nn.Parameter(torch.empty(num_experts, in_features, **place)) if has_router else None
         self.s = _frozen(torch.empty(num_experts, **place)) if config.adaptive_scale else None
@@ -174,7 +174,7 @@ class GoatExperts(nn.Module):
             summed: What takes this adapter's part of the gradient of ``x``, if not autograd.
         """
         if not is_active:
-            return base + self._start_of(x) if self.folded else base
+            return base + self._residual_of(x) if self.folded else base
         if not self.ready:
             raise ConfigError(
                 f"the GOAT adapter of {self.name} is empty: its config is deferred, and neither an adapter file nor "
@@ -197,7 +197,7 @@ class GoatExperts(nn.Module):
             self.signal.record(self.name, output.load, coef=self._balance_coef())
         return output.y
 
-    def _start_of(self, x: Tensor) -> Tensor:
+    def _residual_of(self, x: Tensor) -> Tensor:
         """Return ``W_res x``."""
         assert self.A0 is not None and self.B0 is not None
         scale_R: Tensor | float = self.scale
@@ -259,7 +259,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 class GoatLayer(nn.Module, BaseTunerLayer):
     """A frozen ``nn.Linear`` or ``Conv1D`` and the GOAT adapters on it.
 
-    Adapters that are active summed add up, each with its own router.
+    The outputs of all active adapters are added, each with its own router.
     """
 
     adapter_layer_names = ("goat_experts",)

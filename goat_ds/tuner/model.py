@@ -188,7 +188,7 @@ class GoatModel(BaseTuner):
             experts.requires_grad_(False)
 
     def _misfits_of(self, base: nn.Module, parent: nn.Module, path: str, config: Any) -> Iterator[str]:
-        """Yield why a layer cannot have experts, what rules out most first; what follows need not make sense."""
+        """Yield why a layer cannot have experts. Only the first counts: a later check may rest on an earlier one."""
         if not _is_linear(base):
             yield f"target_modules: {path} is a {type(base).__name__}; only nn.Linear and Conv1D can be adapted"
         if is_8bit(base):
@@ -373,7 +373,7 @@ class GoatModel(BaseTuner):
         raise MergeError(MERGE_REFUSAL)
 
     def unload(self) -> nn.Module:
-        """Return the base model back, without adapters and with nothing folded into it."""
+        """Return the base model without adapters and with nothing folded into it."""
         items = [(name, item) for name in self.peft_config for item in named_experts(self, name)]
         if any(item.experts.folded and is_4bit(item.layer.get_base_layer()) for _, item in items):
             # Before any layer is changed.

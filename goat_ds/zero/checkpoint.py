@@ -243,7 +243,7 @@ def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]:
-    """Return the adapter's tensors by their names in the model to the rank that keeps them."""
+    """Return the adapter's tensors by their names in the model, on the rank that keeps them."""
     tensors: dict[str, Tensor] = {}
     for item in named_experts(peft_model(engine), ADAPTER_NAME):
         for name, parameter in item.experts.named_parameters():
@@ -400,7 +400,7 @@ def _is_trained(name: str) -> bool:
 
 
 def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
-    """Return the adapter's tensors to the rank that reads, to start experts from. A collective."""
+    """Return the adapter's tensors on the rank that reads them, None on the others. A collective."""
     path = checkpoint.folder / ADAPTER_FOLDER / "adapter_model.safetensors"
     here = ranks.get_rank() == checkpoint.reader
     return StoredExperts(checkpoint.reader, ranks.agree(lambda: load_file(path) if here else None))
@@ -408,7 +408,7 @@ def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
 
 @torch.no_grad()
 def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Return a new engine the state of the one that wrote a checkpoint. A collective.
+    """Write the state of a checkpoint into a new engine. A collective.
 
     Args:
         engine: Trains the tensors of the checkpoint, under whatever stage and on whatever number of ranks.

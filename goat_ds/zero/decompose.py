@@ -170,7 +170,7 @@ def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample])
 
 
 def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
-    """Yield the layers that experts start from, then over the others that become 4-bit."""
+    """Yield the layers that experts start from, then the others that become 4-bit."""
     base = model.get_base_model()
     wanted = {} if quantization is None else dict(layers_to_quantize(base, kept=quantization.kept))
     packing_of = {id(layer): quantization.packing for layer in wanted.values()} if quantization else {}

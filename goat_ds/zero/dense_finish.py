@@ -122,7 +122,8 @@ def finish_densely(
         write_state(engine, experts.A, dense and dense.a, owner=owner)
         write_state(engine, experts.B, dense and dense.b, owner=owner)
     engine.train()
-    unexplained = _from_all([dense.unexplained for dense in kept.mine.values()])
+    mine = [dense.unexplained for dense in kept.mine.values()]
+    unexplained = [value for values in ranks.gather_objects(mine) for value in values]
     return Finish(
         engine=engine,
         num_tokens=kept.num_tokens,
@@ -191,7 +192,7 @@ def _fit_all(
 
 
 def _by_input(fit_sums: Mapping[str, FitSums]) -> Iterator[list[str]]:
-    """Yield the layers that share an input, and so its fit_sums."""
+    """Yield the names of layers that share an input, and so one ``xx_II``."""
     sharing: dict[int, list[str]] = defaultdict(list)
     for name, layer_sums in fit_sums.items():
         sharing[id(layer_sums.xx_II)].append(name)
@@ -238,10 +239,3 @@ def _drop_routers(model: PeftModel, layers: Mapping[str, GoatExperts]) -> None:
     config = configs[ADAPTER_NAME] = dense_goat_config(configs[ADAPTER_NAME])
     for experts in layers.values():
         experts.become_dense(config)
-
-
-def _from_all(values: list[float]) -> list[float]:
-    """Return the values of all ranks to each. A collective."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, values)
-    return [value for one in gathered for value in one]

@@ -205,10 +205,15 @@ def build_engine(
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> deepspeed.DeepSpeedEngine:
-    """Return the model to DeepSpeed: one parameter group with everything that trains. A collective."""
+    """Build the DeepSpeed engine of a model: one parameter group with everything that trains. A collective."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trained, config=engine_config, lr_scheduler=schedule, dist_init_required=False
+        model=model,
+        model_parameters=trained,
+        # DeepSpeed keeps it and may change it, and the engine of a dense finish needs it as it is.
+        config=copy.deepcopy(engine_config),
+        lr_scheduler=schedule,
+        dist_init_required=False,
     )
     recompute.keep_until_a_blocks_backward_is_done(model)
     partition.keep_sharded(engine, [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)])

@@ -47,7 +47,7 @@ class _Place(NamedTuple):
 
 
 def read_state(engine: DeepSpeedEngine, parameter: nn.Parameter) -> TensorState:
-    """Return the state of a trained parameter to every rank. A collective.
+    """Return on every rank the state of a trained parameter. A collective.
 
     Args:
         engine: The engine that trains it; between two steps.
@@ -64,7 +64,7 @@ def read_state(engine: DeepSpeedEngine, parameter: nn.Parameter) -> TensorState:
 
 @torch.no_grad()
 def write_state(engine: DeepSpeedEngine, parameter: nn.Parameter, state: TensorState | None, *, owner: int) -> None:
-    """Return a trained parameter the state that one rank has, and the model's copy of it its value. A collective.
+    """Write the state that one rank has into a trained parameter, and its value into the model's copy. A collective.
 
     Args:
         engine: The engine that trains it; between two steps.

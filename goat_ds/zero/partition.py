@@ -45,7 +45,7 @@ Cut = Callable[[nn.Parameter, torch.dtype], None]
 
 
 def cutter(ds_config: dict[str, object], *, stage: int) -> Cut:
-    """Return what shards a whole parameter that every rank has, in the dtype it is told.
+    """Return a function that shards a whole parameter that every rank has, in the dtype it is given.
 
     Each rank cuts its shard from its own, and nothing is sent. Below ZeRO-3 the parameter is given memory of its own,
     which that of a mapped file is not.
@@ -161,7 +161,7 @@ def fill_from(world_rank: int, parameters: Sequence[nn.Parameter], values: Seque
 
 @torch.no_grad()
 def put(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Return a parameter a value that every rank has whole."""
+    """Write a value that every rank has whole into a parameter."""
     if not is_partitioned(parameter):
         parameter.copy_(whole.view_as(parameter))
     elif _is_shard_alone(parameter):

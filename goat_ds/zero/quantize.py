@@ -143,7 +143,7 @@ def can_be_mapped(base: Base, *, dtype: torch.dtype) -> bool:
 
 
 def _dtypes_on_disk(model: str) -> Iterator[str]:
-    """Yield the dtypes of the tensors in a base's safetensors files; over none where it has other files."""
+    """Yield the dtypes of the tensors in a base's safetensors files; none where it has other files."""
     quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     if single := cached_file(model, SAFE_WEIGHTS_NAME, **quiet):
         paths = [single]

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from goat_ds import demo
 from goat_ds.base.inspect import inspect
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, first_line
 from tests.models import causal_lm
 
 
@@ -56,3 +56,9 @@ def test_a_skeleton_leaves_the_config_as_it_was(tmp_path: Path) -> None:
     skeleton = base.skeleton(unquantized=True)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert not hasattr(skeleton.config, "quantization_config") and base.is_4bit
+
+
+def test_the_first_line_of_an_error_is_the_first_that_says_something() -> None:
+    # As bitsandbytes writes its own.
+    assert first_line(RuntimeError("\n🚨 CUDA SETUP ERROR\nmore")) == "🚨 CUDA SETUP ERROR"
+    assert first_line(RuntimeError("")) == "RuntimeError"

@@ -94,7 +94,7 @@ def bpe() -> PreTrainedTokenizerBase:
 
 
 def with_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give ``tokenizer`` the special tokens of ChatML, but no template."""
+    """Return ``tokenizer`` the special tokens of ChatML, but no template."""
     tokenizer.add_special_tokens({"extra_special_tokens": CHAT_TOKENS})
     return tokenizer
 

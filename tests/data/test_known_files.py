@@ -20,6 +20,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     monkeypatch.setattr(known_files, "sha256_of", reading)
+    # The files of these tests are moments old.
+    monkeypatch.setattr(known_files, "RACY_NS", -(10**12))
     return found
 
 
@@ -51,10 +53,26 @@ def test_a_file_that_is_written_while_it_is_read_is_not_remembered(
         path.write_text("longer")
         return "of neither"
 
+    monkeypatch.setattr(known_files, "RACY_NS", -(10**12))
     with monkeypatch.context() as patched:
         patched.setattr(known_files, "sha256_of", overtaken)
         known.digest(path)
     assert known.digest(path) == hashlib.sha256(b"longer").hexdigest()
+
+
+def test_a_file_that_was_new_when_it_was_read_is_read_once_more(
+    tmp_path: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "RACY_NS", 2 * 10**9)
+    path, known = tmp_path / "a", KnownFiles(tmp_path / "known")
+    path.write_text("a")
+    # A second write within one tick of the disk's clock would not show.
+    assert known.digest(path) == known.digest(path) and len(read) == 2
+    (kept,) = (tmp_path / "known").iterdir()
+    later = path.stat().st_mtime_ns + 3 * 10**9
+    os.utime(kept, ns=(later, later))
+    known.digest(path)
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])

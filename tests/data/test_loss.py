@@ -66,7 +66,7 @@ def drawn(num_labels: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def with_gradient(loss: Any, logits: Tensor, targets: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Give a loss and its gradient with respect to logits, which are left as they are."""
+    """Return a loss and its gradient with respect to logits, which are left as they are."""
     leaf = logits.clone().requires_grad_()
     value = loss(leaf * 1, targets)
     value.backward(torch.tensor(scale, dtype=value.dtype))
@@ -79,7 +79,7 @@ def at_once(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def by_hand(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the summed cross-entropy in float64 and its gradient, one label after the other."""
+    """Return the summed cross-entropy in float64 and its gradient, one label after the other."""
     value, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(logits, dtype=torch.float64)
     for row, (scores, target) in enumerate(zip(logits.double(), targets.tolist(), strict=True)):
         probabilities = scores.exp() / scores.exp().sum()

@@ -165,3 +165,14 @@ def test_the_digest_follows_the_content(tmp_path):
     assert digest_of([source]) != before
     with pytest.raises(ConfigError, match="no such file"):
         digest_of(["missing.json"])
+
+
+def test_a_file_that_cannot_be_read_is_told_with_the_others(tmp_path, monkeypatch):
+    first, second = (write(tmp_path / name, '{"text": "a"}\n') for name in ("a.jsonl", "b.jsonl"))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(ConfigError) as raised:
+        digest_of([first, second], digest_file=refuse)
+    assert raised.value.problems == tuple(f"{source}: cannot be read: Permission denied" for source in (first, second))

@@ -95,3 +95,15 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypat
         locked(tmp_path, timeout_minutes=0.1),
     ):
         raise AssertionError("the run goes on")
+
+
+def test_a_lock_file_of_another_user_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK_NAME).write_text("")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    words = rf"output_dir: {tmp_path / LOCK_NAME} belongs to another user \(Permission denied\); if no run uses the"
+    with pytest.raises(ConfigError, match=words), locked(tmp_path, timeout_minutes=0.1):
+        raise AssertionError("the run goes on")

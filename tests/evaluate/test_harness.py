@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness run from local files, and give the harness's own numbers."""
+"""Tasks of lm-evaluation-harness run from local files, and return the harness's own numbers."""
 
 import json
 from collections.abc import Iterator

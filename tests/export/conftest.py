@@ -120,7 +120,7 @@ def become_dense(routed: peft.PeftModel) -> None:
 def in_4bit(
     *, dtype: torch.dtype = torch.float32, compute: str = "float32", kept: tuple[str, ...] = (), **packing: Any
 ) -> dict[str, Any]:
-    """Give what makes ``adapt`` train as launch/train.py does with load_in_4bit: in ``dtype``, on packed layers."""
+    """Return what makes ``adapt`` train as launch/train.py does with load_in_4bit: in ``dtype``, on packed layers."""
 
     def finish(routed: peft.PeftModel) -> None:
         base: Any = routed.get_base_model()
@@ -144,7 +144,7 @@ def in_4bit(
 
 
 def by_bitsandbytes(dtype: torch.dtype = torch.float32, **quantization: Any) -> dict[str, Any]:
-    """Give what makes ``adapt`` train on bitsandbytes' own layers, with experts in the model's dtype."""
+    """Return what makes ``adapt`` train on bitsandbytes' own layers, with experts in the model's dtype."""
 
     def finish(routed: peft.PeftModel) -> None:
         for name, parameter in routed.named_parameters():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goat_ds.data.sample import SAMPLE_NAME
 from goat_ds.errors import ConfigError, ExportError
-from goat_ds.export import export_adapter, export_exact, find_adapter, read_adapter
+from goat_ds.export import export_adapter, export_dense, export_exact, export_lora, find_adapter, read_adapter
 from goat_ds.manifest import write_manifest
 from tests.export.conftest import TOKENS, Trained, become_dense, train
 
@@ -178,3 +178,17 @@ def test_an_absent_base_is_named_with_the_adapter_and_the_way_out(tmp_path: Path
     change_config(trained, base_model_name_or_path=None)
     with pytest.raises(ExportError, match=r"does not say which base it was trained on; give it with --base PATH"):
         export_adapter(trained.adapter, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("export", [export_adapter, export_exact, export_dense, export_lora])
+def test_a_base_with_files_of_another_adapter_beside_it_is_refused_in_every_mode(
+    trained: Trained, tmp_path: Path, export: Callable[..., object]
+) -> None:
+    # transformers would load that adapter with the base, and an export would hold the base alone.
+    (Path(trained.base) / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    with pytest.raises(
+        ConfigError, match=r"base \(.*\) is not only a base: .*adapter_config.json lies beside it"
+    ) as raised:
+        export(trained.adapter, output=tmp_path / "out")
+    assert "--mode adapter" not in str(raised.value)
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ OTHER_WEIGHTS = r"base \(.*other\): its weights are not those that .*adapter was
 
 
 def other_base(trained: Trained) -> Path:
-    """Give a base that differs in one adapted layer, as another checkpoint of the same model would in all."""
+    """Return a base that differs in one adapted layer, as another checkpoint of the same model would in all."""
     folder = trained.base.with_name("other")
     shutil.copytree(trained.base, folder)
     weights = load_file(folder / "model.safetensors")

@@ -13,7 +13,7 @@ from goat_ds.export.tensors import StoredTensor, plan_shards, stored_tensors, wr
 
 @pytest.fixture
 def stored(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Two files with tensors of all widths, an empty one, and one number; give what they hold."""
+    """Two files with tensors of all widths, an empty one, and one number; return what they hold."""
     torch.manual_seed(0)
     first = {"wide": torch.randn(5, 7), "narrow": torch.randn(3, 11).bfloat16(), "none": torch.zeros(0, 4)}
     second = {"bytes": torch.arange(13, dtype=torch.uint8), "number": torch.tensor(2.5)}

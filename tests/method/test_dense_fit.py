@@ -19,7 +19,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def layer(seed: int = 0) -> tuple[Tensor, MixtureFactors]:
-    """Give tokens whose features differ in size, and a routed layer."""
+    """Return tokens whose features differ in size, and a routed layer."""
     torch.manual_seed(seed)
     x_TI = draw(NUM_TOKENS, IN) * torch.logspace(-2, 2, IN, dtype=torch.float64)
     return x_TI, MixtureFactors(a_RI=draw(R, IN), b_OR=draw(OUT, R), router_EI=draw(E, IN) / 10)

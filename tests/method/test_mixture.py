@@ -24,7 +24,7 @@ def draw(*shape: int) -> Tensor:
 def run_both(
     *, num_experts: int, top_k: int, residual: bool, adaptive: bool, mask: list[bool] | None
 ) -> tuple[list[Tensor], list[Tensor], float, float]:
-    """Give outputs and all gradients of the fast and of the slow form, and both balance losses."""
+    """Return outputs and all gradients of the fast and of the slow form, and both balance losses."""
     torch.manual_seed(0)
     weight = draw(OUT, IN)
     tensors = {"x": draw(NUM_TOKENS, IN), "a": draw(R, IN), "b": draw(OUT, R)}
@@ -214,7 +214,7 @@ class Called(TorchDispatchMode):
         return outputs
 
     def shapes_of(self, operator: Any) -> list[tuple[int, ...]]:
-        """Give the shapes of one operator's outputs, in order."""
+        """Return the shapes of one operator's outputs, in order."""
         return [shape for func, shape in self._found if func is operator]
 
 

@@ -29,7 +29,7 @@ def weight_of(shape: tuple[int, int], *, rank: int | None = None) -> Tensor:
 
 
 def products(weight: Tensor, start: Init, *, num_experts: int, r: int, adaptive: bool = False) -> list[Tensor]:
-    """Give every expert's s_e B0_e A0_e as the package makes them."""
+    """Return every expert's s_e B0_e A0_e as the package makes them."""
     indices_ED = chosen_indices(start, num_directions=min(weight.shape), num_experts=num_experts, r=r)
     directions = decompose(weight, indices_ED)
     scale_E = torch.full((num_experts,), SCALE, dtype=torch.float64)

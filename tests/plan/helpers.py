@@ -24,7 +24,7 @@ def config_only(folder: Path, name: str = "llama", **changes: Any) -> str:
 def settings(
     folder: Path, *flags: str, base: str | None = None, ds_config: dict[str, Any] | None = None
 ) -> TrainConfig:
-    """Give the settings of a run of a tiny base; the base's own positions are 64."""
+    """Return the settings of a run of a tiny base; the base's own positions are 64."""
     path = REPOSITORY / "ds_configs" / "zero3.json"
     if ds_config is not None:
         path = folder / "ds_config.json"

@@ -41,7 +41,7 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
 
 
 def planned(placement: Placement) -> dict[str, int]:
-    """Give what was planned of a new engine, in which nothing has been gathered yet."""
+    """Return what was planned of a new engine, in which nothing has been gathered yet."""
     of_model = sum(
         part.num_bytes for part in weights(placement) if "whole" not in part.name and "buffers" not in part.name
     )

@@ -24,7 +24,7 @@ NUM_TOKENS, NUM_LABELS = 24, 10
 
 
 def real_peaks(base: str, kind: Checkpointing, attention: str) -> tuple[int, int]:
-    """Run a micro-batch of two documents; give what is held between forward and backward, and the most."""
+    """Run a micro-batch of two documents; return what is held between forward and backward, and the most."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(base), dtype=torch.bfloat16, attn_implementation=attention

@@ -25,7 +25,7 @@ class Fault(NamedTuple):
     lost: str
 
     def row(self) -> str:
-        """Give its line."""
+        """Return its line."""
         return f"| {self.name} | {self.times} | {self.lost} |"
 
 
@@ -130,20 +130,20 @@ def steps_saved(output_dir: Path) -> list[int]:
 
 
 def steps_logged(output_dir: Path) -> int:
-    """Give the last step that a running run has told of."""
+    """Return the last step that a running run has told of."""
     path = output_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
 def trajectory(output_dir: Path) -> list[tuple[int, float, float, int]]:
-    """Give step, loss, gradient norm and tokens so far, line by line."""
+    """Return step, loss, gradient norm and tokens so far, line by line."""
     lines = [line for line in metrics_of(output_dir) if "loss" in line]
     return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
 
 
 def assert_same_end(output_dir: Path, uninterrupted: Path) -> None:
-    """Hold that a run has the losses of another, and left the same bytes: adapter, masters and moments."""
+    """Check that a run has the losses of another, and left the same bytes: adapter, masters and moments."""
     assert trajectory(output_dir) == trajectory(uninterrupted)
     last = f"checkpoint-{steps_saved(uninterrupted)[-1]}"
     files = [path.relative_to(uninterrupted) for path in (uninterrupted / last).rglob("*.safetensors")]

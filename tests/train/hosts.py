@@ -22,7 +22,7 @@ class Host(NamedTuple):
     name: str
 
     def command(self, *words: str) -> list[str]:
-        """Give a command line that runs another one on this host."""
+        """Return a command line that runs another one on this host."""
         named = f'hostname {self.name} && exec "$@"'
         return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, "sh", *words]
 

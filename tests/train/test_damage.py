@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(disk: Pat
 
 
 def flip(name: str) -> Callable[[Path], None]:
-    """Give what flips a bit in the middle of a file."""
+    """Return what flips a bit in the middle of a file."""
 
     def damage(checkpoint: Path) -> None:
         content = bytearray((checkpoint / name).read_bytes())
@@ -125,7 +125,7 @@ def cut_short(checkpoint: Path) -> None:
 
 
 def with_a_manifest(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Give what damages a checkpoint and lets its manifest agree."""
+    """Return what damages a checkpoint and lets its manifest agree."""
 
     def both(checkpoint: Path) -> None:
         damage(checkpoint)
@@ -140,7 +140,7 @@ def pickled(checkpoint: Path) -> None:
 
 
 def changed_state(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Give what changes the tensors of the state."""
+    """Return what changes the tensors of the state."""
 
     def damage(checkpoint: Path) -> None:
         tensors = load_file(checkpoint / STATE)
@@ -238,7 +238,7 @@ def others(laboratory: Laboratory) -> dict[str, Path]:
 
 
 def interrupted(whole: Path, laboratory: Laboratory) -> Path:
-    """Give a run's folder as it is without its last checkpoint."""
+    """Return a run's folder as it is without its last checkpoint."""
     folder = copy_of(whole, laboratory)
     shutil.rmtree(folder / NEWEST)
     return folder

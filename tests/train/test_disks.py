@@ -23,7 +23,7 @@ def run_on_two_nodes(root: Path, first: Flags, second: Flags, *, more: Sequence[
 
 
 def places(node: Path, **others: Path) -> Flags:
-    """Give a node's places: of its own, or others."""
+    """Return a node's places: of its own, or others."""
     own = {name: node / name for name in ("output_dir", "svd_cache", "token_cache")}
     return {f"--{name}": path for name, path in (own | others).items()}
 

@@ -19,7 +19,7 @@ class Start(NamedTuple):
 
     @property
     def settings(self) -> dict[str, str]:
-        """Give its flags."""
+        """Return its flags."""
         return {"ds_config": f"ds_configs/{self.ds_config}.json"}
 
 
@@ -63,7 +63,7 @@ def assert_equal_to_rounding(moved: Path, alone: Path, *, rounding: float) -> No
 
 
 def assert_every_record_once_an_epoch(output_dir: Path, printed: str) -> None:
-    """Hold that the tokens of each epoch's steps are those of the data; a record read twice would add to them."""
+    """Check that the tokens of each epoch's steps are those of the data; a record read twice would add to them."""
     (num_tokens,) = re.findall(r"^(\d+) tokens, ", printed, flags=re.MULTILINE)
     (num_packs,) = re.findall(r"records in (\d+) packs", printed)
     steps_per_epoch = -(-int(num_packs) // 4)

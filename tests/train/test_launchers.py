@@ -160,7 +160,7 @@ def test_a_rank_that_is_killed_under_torchrun_is_started_again_and_the_run_ends_
 
 
 def slurm_environment(tmp_path: Path, **more: str) -> dict[str, str]:
-    """Put stand-ins for SLURM's commands first on the path; give the environment of a job of two tasks."""
+    """Put stand-ins for SLURM's commands first on the path; return the environment of a job of two tasks."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     commands = {
         "srun": f'exec {sys.executable} {REPOSITORY}/tests/train/fake_srun.py "$@"',
@@ -213,5 +213,5 @@ def test_a_slurm_job_whose_time_is_over_is_saved_queued_again_and_then_goes_on(t
 
 
 def srun_of(script: int) -> int:
-    """Give the process that the job's script waits for."""
+    """Return the process that the job's script waits for."""
     return int(Path(f"/proc/{script}/task/{script}/children").read_text().split()[-1])

@@ -48,7 +48,7 @@ def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
 
 
 def interrupted_copy(whole: Path, folder: Path) -> Path:
-    """Give a folder as a run leaves it that died after its checkpoint in the middle, with metrics of later steps."""
+    """Return a folder as a run leaves it that died after its checkpoint in the middle, with metrics of later steps."""
     shutil.copytree(whole, folder)
     for path in folder.glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) > MIDDLE:
@@ -70,7 +70,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train every variant on two ranks, then each again from its middle; give the folder of all of them."""
+    """Train every variant on two ranks, then each again from its middle; return the folder of all of them."""
     root = tmp_path_factory.mktemp("resume")
     (root / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     run_many([flags_of(root / name, settings) for name, settings in SAME.items()], world_size=2, folder=root)

@@ -76,7 +76,7 @@ LONG = ["--max_steps", "150", "--save_steps", "10", "--learning_rate", "1e-4", "
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts; give its folder."""
+    """A run that nothing interrupts; return its folder."""
     root = tmp_path_factory.mktemp("whole")
     train_alone(same_but(LONG, root, "run"))
     return root / "run"

@@ -41,7 +41,7 @@ def logits(model: nn.Module, **inputs: Tensor) -> Tensor:
 
 
 def fixed_tensors(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """Walk over what must never train: the experts' starts and the base."""
+    """Yield what must never train: the experts' starts and the base."""
     for name, parameter in model.named_parameters():
         if ".goat_experts." not in name or name.rpartition(".")[2] in FROZEN:
             yield name, parameter

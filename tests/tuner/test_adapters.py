@@ -15,7 +15,7 @@ from tests.tuner.helpers import SMALL, disturb, experts_of, fixed_tensors, goat,
 
 
 def two_adapters() -> PeftModel:
-    """Give a model with adapters ``math`` and ``math2``, one name beginning with the other."""
+    """Return a model with adapters ``math`` and ``math2``, one name beginning with the other."""
     model = goat()
     model = PeftModel(model.unload(), GoatConfig(**SMALL), adapter_name="math")
     model.add_adapter("math2", GoatConfig(r=4, num_experts=2, top_k=1, init="pissa", adaptive_scale=True))

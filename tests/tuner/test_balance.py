@@ -20,7 +20,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
 def model_of(*, balance_coef: float = COEF, dtype: torch.dtype = torch.float64, **settings: Any) -> PeftModel:
-    """Give a model whose experts have been trained apart, the same for the same settings."""
+    """Return a model whose experts have been trained apart, the same for the same settings."""
     torch.manual_seed(0)
     model = goat(causal_lm(dtype=dtype), balance_coef=balance_coef, **settings)
     disturb(model)
@@ -40,7 +40,7 @@ def batch(*, seed: int = 0, padded: bool = False) -> dict[str, Tensor]:
 
 @contextmanager
 def slow_balance(model: PeftModel) -> Iterator[Callable[[], Tensor]]:
-    """Give Σ_layers COEF L_b of the forwards inside, by plain autograd from every layer's input."""
+    """Return Σ_layers COEF L_b of the forwards inside, by plain autograd from every layer's input."""
     losses: list[Tensor] = []
 
     def watch(layer: GoatLayer, args: tuple[Tensor, ...], y: Tensor) -> None:

@@ -15,7 +15,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # one fp32 rounding of the base weight
 
 
 def trained(residual: str, name: str = "llama", **settings: Any) -> PeftModel:
-    """Give an adapter after some training, the same for the same seed whatever its residual."""
+    """Return an adapter after some training, the same for the same seed whatever its residual."""
     torch.manual_seed(0)
     base = causal_lm(name)
     torch.manual_seed(0)

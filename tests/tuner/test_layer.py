@@ -21,7 +21,7 @@ from tests.tuner.helpers import SMALL, disturb, experts_of, fixed_tensors, goat,
 def one_layer(
     layer: nn.Module | None = None, *, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> tuple[nn.Linear, GoatLayer]:
-    """Give a linear layer, and a copy of it with a GOAT adapter."""
+    """Return a linear layer, and a copy of it with a GOAT adapter."""
     torch.manual_seed(0)
     plain = (layer or nn.Linear(24, 40)).to(dtype)
     config = GoatConfig(**(SMALL | {"target_modules": ["layer"]} | settings))
@@ -187,7 +187,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
 
 def two_adapters() -> GoatLayer:
-    """Give a layer on which two adapters are active, as far from their starts as training would bring them."""
+    """Return a layer on which two adapters are active, as far from their starts as training would bring them."""
     _, adapted = one_layer(balance_coef=0.0)
     first = adapted.goat_experts["default"]
     adapted.goat_experts["second"] = copy.deepcopy(first)

@@ -140,7 +140,7 @@ def test_weights_are_multiplied_in_the_compute_dtype_and_given_back_in_that_of_t
 
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Give tiny models whose linear layers are bitsandbytes' own."""
+    """Return tiny models whose linear layers are bitsandbytes' own."""
     folder = tmp_path_factory.mktemp("base")
     causal_lm().save_pretrained(folder)
 
@@ -369,7 +369,7 @@ class Router(nn.Linear):
     """A linear layer that gives something else than a product."""
 
     def forward(self, x: Tensor) -> Any:
-        """Give the product and its largest values."""
+        """Return the product and its largest values."""
         product = super().forward(x)
         return product, product.max(dim=-1)
 

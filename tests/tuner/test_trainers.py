@@ -34,7 +34,7 @@ class KeepGradients(TrainerCallback):
 
 
 def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
-    """Give one step of two micro-batches on the CPU, written nowhere."""
+    """Return one step of two micro-batches on the CPU, written nowhere."""
     return {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no",
         "gradient_accumulation_steps": NUM_MICRO_BATCHES, "report_to": [], "use_cpu": True, "max_grad_norm": 0.0,
@@ -121,7 +121,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def sft_gradients(
     folder: Path, *, balance_coef: float, dtype: torch.dtype, **settings: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], PeftModel]:
-    """Give the gradients of TRL's first step, its micro-batches, and the model after it (whose step is zero)."""
+    """Return the gradients of TRL's first step, its micro-batches, and the model after it (whose step is zero)."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install goat_ds[trl]")
     rows = [{"text": " ".join(f"w{token}" for token in token_ids(5 + 2 * seed, seed=seed))} for seed in range(4)]
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def stop_counting(live: LiveBytes, build_engine: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """Give the loaded model to DeepSpeed, whose buffers are not part of loading."""
+    """Return the loaded model to DeepSpeed, whose buffers are not part of loading."""
     live.__exit__(None, None, None)
     live.now_at_end = live.now
     return build_engine(*args, **more)
@@ -136,7 +136,7 @@ def one_step(engine: Any) -> None:
 
 
 def bytes_of_experts(model: torch.nn.Module) -> int:
-    """Give what an adapter takes beside the base on this rank: its shards, and one layer's experts whole."""
+    """Return what an adapter takes beside the base on this rank: its shards, and one layer's experts whole."""
     layers = [
         sum(2 * partition.full_shape(parameter).numel() for parameter in item.experts.parameters())
         for item in named_experts(model, ADAPTER_NAME)
@@ -145,7 +145,7 @@ def bytes_of_experts(model: torch.nn.Module) -> int:
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Give every 4-bit layer's weight by its path in the base. A collective."""
+    """Return every 4-bit layer's weight by its path in the base. A collective."""
     found = {}
     for path, layer in engines.peft_model(engine).get_base_model().named_modules():
         if isinstance(layer, QuantizedLinear):

@@ -78,7 +78,7 @@ class Run:
         self.model: Any = engines.peft_model(self.engine)
 
     def train(self, first: int, until: int) -> list[float]:
-        """Give the loss of every step on this rank."""
+        """Return the loss of every step on this rank."""
         losses = []
         size = self.config.packs_per_step(ranks.get_world_size())
         plan = batch_plan(self.config, self.tokens.packed, global_batch_size=size)
@@ -117,7 +117,7 @@ class Run:
         return gathered
 
     def change_engine(self, states: dict[str, TensorState]) -> bool:
-        """Give the model to a new engine and that the states; say whether the old optimizer was freed before."""
+        """Return the model to a new engine and that the states; say whether the old optimizer was freed before."""
         old = weakref.ref(self.engine.optimizer)
         steps = self.engine.lr_scheduler.last_epoch
         engines.destroy(self.engine)

@@ -55,7 +55,7 @@ PAIRS = [(like, name) for like, variants in ON_TWO_RANKS.items() for name in var
 
 
 def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
-    """Give the command line of a run in ``folder``; its neighbours share the caches."""
+    """Return the command line of a run in ``folder``; its neighbours share the caches."""
     places = {"output_dir": folder, "svd_cache": folder.parent / "svd", "token_cache": folder.parent / "tokens"}
     flags = COMMON_HERE | FINISH | settings | {name: str(path) for name, path in places.items()}
     flags |= {"model": str(demo.base_path()), "data": str(demo.train_data())}
@@ -174,7 +174,7 @@ def test_adam_goes_on_with_the_moments_that_a_and_b_had() -> None:
     assert dense.a.num_steps == 7
 
 
-def test_the_gradient_of_a_static_a_is_divided_by_the_number_of_experts() -> None:
+def test_the_gradient_of_a_dense_a_is_divided_by_the_number_of_experts() -> None:
     model: Any = peft.get_peft_model(causal_lm(), GoatConfig(r=8, num_experts=4, top_k=2), adapter_name=ADAPTER_NAME)
     experts = next(named_experts(model, ADAPTER_NAME)).experts
     gradients = []

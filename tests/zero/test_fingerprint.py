@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(root: Path) -> dict[str, Any]:
-    """Train each run for a step; give what its checkpoint says of the base."""
+    """Train each run for a step; return what its checkpoint says of the base."""
     common = {"max_steps": "1", "max_length": "64", "r": "8", "num_experts": "4", "precision": "bf16", "model": "wide"}
     command_lines = []
     for name, settings in (RUNS | STORED).items():

@@ -25,7 +25,7 @@ COMMON = {"max_length": "64", "r": "16", "num_experts": "4", "warmup_steps": "0"
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Run all cases; give what each rank has told of each."""
+    """Run all cases; return what each rank has told of each."""
     root = tmp_path_factory.mktemp("optimizer_state")
     (root / "zero0.json").write_text(json.dumps(ZERO_0))
     cases = ON_TWO_RANKS | {"zero0 bf16": {"ds_config": str(root / "zero0.json"), "precision": "bf16"}}

@@ -52,7 +52,7 @@ ON_TWO_RANKS: dict[str, dict[str, str]] = {
 
 
 def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
-    """Give the command line of a run in ``folder``; its neighbours share the caches."""
+    """Return the command line of a run in ``folder``; its neighbours share the caches."""
     places = {"output_dir": folder, "svd_cache": folder.parent / "svd", "token_cache": folder.parent / "tokens"}
     flags = COMMON | settings | {name: str(path) for name, path in places.items()}
     return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
@@ -60,7 +60,7 @@ def flags_of(folder: Path, settings: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Train every variant; give the folder of each run."""
+    """Train every variant; return the folder of each run."""
     root = tmp_path_factory.mktemp("trajectories")
     found = {}
     for world_size, variants in ((1, ON_ONE_RANK), (2, ON_TWO_RANKS)):

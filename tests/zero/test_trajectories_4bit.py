@@ -82,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags_of(root: Path, name: str, settings: dict[str, str]) -> list[str]:
-    """Give the command line of a run."""
+    """Return the command line of a run."""
     places = {"output_dir": str(root / name), "svd_cache": str(root / "svd"), "token_cache": str(root / "tokens")}
     flags = {"model": str(demo.base_path()), "data": str(demo.train_data())} | COMMON | places | settings
     flags["model"] = flags["model"].replace("stored", str(root / "stored"))
