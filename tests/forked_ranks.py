@@ -357,7 +357,7 @@ def _end(code: object) -> NoReturn:
 
 
 def _draw_other_numbers() -> None:
-    """Return a fork generators of its own, as a process has that was started: nothing of a run may depend on them."""
+    """Seed the generators of a fork anew, as those of a new process are: nothing of a run may depend on them."""
     import numpy as np
     import torch
 

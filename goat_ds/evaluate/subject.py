@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _adapter_subject(settings: EvalSettings, path: Path) -> Subject:
     is_stored = base.stored_quantization is not None
     if goat is not None:
         raise_if_any(_misfits(goat, is_stored=is_stored))
-        found = find_base(goat, settings.base, weights=False)
+        found = replace(find_base(goat, settings.base, weights=False), inspected=base)
         if found.has_weights and found.is_buildable:
             check_base(goat, found)
     trained = goat.quantization if goat else None

@@ -41,6 +41,8 @@ class StoredBase:
     path: Path
     name: str
     """What it was asked for by: a folder or a hub name."""
+    inspected: Base | None = None
+    """What it is, where somebody has asked already."""
 
     @cached_property
     def base(self) -> Base:
@@ -50,6 +52,8 @@ class StoredBase:
             LeftoverError: it is not only a base.
             ExportError: transformers cannot tell without running code of its author.
         """
+        if self.inspected is not None:
+            return self.inspected
         try:
             return inspect(str(self.path), named=f"base ({self.path})")
         except LeftoverError:

@@ -13,9 +13,9 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import Interrupted
 from goat_ds.train.build import build
 from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
+from goat_ds.train.finishing import finish
 from goat_ds.train.health import Health
 from goat_ds.train.inputs import Inputs
-from goat_ds.train.latest_tokens import finish
 from goat_ds.train.metrics import Metrics, StepTotals
 from goat_ds.train.objective import objective
 from goat_ds.train.resume import Resumption, check_phase, set_damaged_aside
