@@ -1,9 +1,10 @@
 """Labels are the answers and nothing else, with every tokenizer and template."""
 
 import pytest
+from datasets import Dataset
 
 from goat_ds.data.formats import Dropped, DropReason, Record
-from goat_ds.data.tokens import IGNORE, prompt_ids, stop_ids, tokenise
+from goat_ds.data.tokens import IGNORE, content_digest, prompt_ids, stop_ids, tokenise
 from goat_ds.errors import ConfigError
 
 from .conftest import CHATML, LLAMA2, decode
@@ -210,3 +211,18 @@ def test_thousands_of_records_keep_their_order(bpe, tmp_path):
     dataset = rows(records, bpe, tmp_path)
     assert dataset["origin"][:] == [str(i) for i in range(2500)]
     assert len(dataset[2499]["input_ids"]) == len(bpe(records[2499].text)["input_ids"]) + 1
+
+
+def test_the_digest_of_data_knows_ids_labels_and_where_a_record_ends():
+    def digest(input_ids, labels):
+        return content_digest(Dataset.from_dict({"input_ids": input_ids, "labels": labels}))
+
+    records = [[5, 6, 7], [8, 9]], [[IGNORE, 6, 7], [IGNORE, 9]]
+    assert digest(*records) == digest(*records)
+    others = [
+        ([[5, 6, 4], [8, 9]], records[1]),
+        (records[0], [[IGNORE, IGNORE, 7], [IGNORE, 9]]),
+        ([[5, 6], [7, 8, 9]], [[IGNORE, 6], [7, IGNORE, 9]]),
+        (records[0][::-1], records[1][::-1]),
+    ]
+    assert len({digest(*records), *(digest(*other) for other in others)}) == 1 + len(others)

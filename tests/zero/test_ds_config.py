@@ -136,6 +136,13 @@ def test_a_value_of_the_wrong_type_is_told_when_the_file_is_read(
     assert expected in problem
 
 
+def test_a_batch_size_that_counts_micro_batches_ranks_and_accumulation_is_right() -> None:
+    assert not list(ds_config.problems({"train_batch_size": 3 * 4 * 2}, SETTINGS))
+    for size in (3 * 4, 3 * 2, 4 * 2):
+        (problem,) = ds_config.problems({"train_batch_size": size}, SETTINGS)
+        assert "x ranks (2) = 24" in problem
+
+
 def test_the_known_keys_are_those_that_deepspeed_knows() -> None:
     ours = {"train_batch_size", "zero_optimization", "csv_monitor", "wandb", "tensorboard", "comms_logger", "aio"}
     assert ours <= ds_config.KNOWN_KEYS
