@@ -42,6 +42,7 @@ class Uninterrupted:
         run = laboratory.start(self.folder, crash=CrashPlan(at=0))
         assert run.wait() == [0, 0], run.output()
         self.seconds = time.monotonic() - began
+        self.events = run.touches()
         saves = len(steps_saved(self.folder))
         self.touches = len(run.touches()) // saves
         assert saves == LAST // SAVE_STEPS and self.touches * saves == len(run.touches())
@@ -50,6 +51,18 @@ class Uninterrupted:
 @pytest.fixture(scope="module")
 def uninterrupted(laboratory: Laboratory) -> Uninterrupted:
     return Uninterrupted(laboratory)
+
+
+@pytest.mark.slow
+def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_folder_gets_its_name(
+    uninterrupted: Uninterrupted,
+) -> None:
+    for step in steps_saved(uninterrupted.folder):
+        folder = uninterrupted.folder / f"checkpoint-{step}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        before = uninterrupted.events[: uninterrupted.events.index(f"os.rename {temporary}")]
+        written = {temporary, *(temporary / path.relative_to(folder) for path in folder.rglob("*"))}
+        assert {f"os.fsync {path}" for path in written} <= set(before)
 
 
 @pytest.mark.slow
