@@ -38,6 +38,8 @@ FEATURES = Features(
 )
 """A row of the tokenised data set; ``origin`` is the file and line it came from."""
 
+NOTHING_LEFT = "no record is left to train on"
+"""How the message begins that is about all records of the data together."""
 CHUNK = 1000
 """Records tokenised at a time: enough to keep a fast tokenizer's threads busy."""
 
@@ -267,4 +269,4 @@ def _nothing_left(report: TokenReport, max_length: int) -> str:
     reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(report.dropped.items()))
     too_short = DropReason.NO_LABEL_LEFT in report.dropped
     way_out = f"; raise --max_length ({max_length})" if too_short else ""
-    return f"no record is left to train on: {reasons}{way_out}"
+    return f"{NOTHING_LEFT}: {reasons}{way_out}"

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from goat_ds.data import BatchPlan, Packed, Tokenised, content_digest, pack_dataset, prepare
 from goat_ds.data.sample import SAMPLE_NAME, save_sample, take_sample
+from goat_ds.data.tokens import NOTHING_LEFT
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.config import TrainConfig
@@ -31,16 +32,18 @@ def load_all_tokens(inputs: Inputs) -> tuple[Tokens, Tokens | None]:
         ConfigError: with all that is wrong with either.
     """
     config = inputs.config
-    asked = [(config.train_sources, config.split), (config.eval_sources, config.eval_split)]
-    asked = [(sources, split) for sources, split in asked if sources]
+    both = [("data", config.train_sources, config.split), ("eval_data", config.eval_sources, config.eval_split)]
+    asked = [(name, sources, split) for name, sources, split in both if sources]
     tokenised = ranks.first_on_node_then_others(lambda: _prepare_all(inputs, asked))
-    tokens, *heldout = [_packed(config, sources, found) for (sources, _), found in zip(asked, tokenised, strict=True)]
+    tokens, *heldout = [
+        _packed(config, sources, found) for (_, sources, _), found in zip(asked, tokenised, strict=True)
+    ]
     return tokens, heldout[0] if heldout else None
 
 
-def _prepare_all(inputs: Inputs, asked: Sequence[tuple[Sequence[str], str]]) -> list[Tokenised]:
+def _prepare_all(inputs: Inputs, asked: Sequence[tuple[str, Sequence[str], str]]) -> list[Tokenised]:
     found, problems = [], list[str]()
-    for sources, split in asked:
+    for name, sources, split in asked:
         try:
             found.append(
                 prepare(
@@ -53,8 +56,12 @@ def _prepare_all(inputs: Inputs, asked: Sequence[tuple[Sequence[str], str]]) -> 
                 )
             )
         except ConfigError as error:
-            problems += error.problems
-    raise_if_any(problems)
+            problems += [
+                f"{name} ({', '.join(sources)}): {problem}" if problem.startswith(NOTHING_LEFT) else problem
+                for problem in error.problems
+            ]
+    # What is wrong with the tokenizer or its cache is wrong for both.
+    raise_if_any(dict.fromkeys(problems))
     return found
 
 
