@@ -3,6 +3,7 @@
 Every helper does nothing, rather than something else, on a parameter that is whole.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -36,7 +37,9 @@ def partitioned_at_birth(ds_config: dict[str, object], *, stage: int) -> Iterato
 def _init(ds_config: dict[str, object]) -> deepspeed.zero.Init:
     # With hpZ the first one makes the groups of ranks, and a second one that is not given them would fail.
     return deepspeed.zero.Init(
-        config_dict_or_path=ds_config, zero_param_parallel_group=groups._get_zero_param_intra_parallel_group()
+        # DeepSpeed keeps it and may change it, and others need it as it is.
+        config_dict_or_path=copy.deepcopy(ds_config),
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
     )
 
 
