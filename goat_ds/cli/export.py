@@ -6,7 +6,7 @@ Under ``torchrun -m -- goat_ds.cli.export`` the ranks share the calibration toke
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,10 +25,14 @@ from goat_ds.export import (
     Fitting,
     MergeBase,
     MergeReport,
+    Rival,
+    copy_rival,
     export_adapter,
     export_dense,
     export_exact,
     export_lora,
+    find_rival,
+    merge_rival,
 )
 from goat_ds.precision import Precision
 
@@ -123,6 +127,12 @@ def main(arguments: Sequence[str]) -> None:
     """Export as the command line says, and show what was read and written."""
     settings = parse(ExportSettings, arguments, program="goat-ds export", description=__doc__)
     raise_if_any(settings.problems())
+    if (rival := find_rival(settings.checkpoint)) is not None:
+        raise_if_any(rival_problems(settings, rival))
+        export_rival(settings, rival)
+        logger.info(f"read {rival.path}")
+        logger.info(f"wrote {settings.output}")
+        return
     _join()
     exported = export(settings)
     if exported.report is not None:
@@ -142,6 +152,37 @@ def export(settings: ExportSettings) -> Exported | Dense:
     if settings.mode is Mode.DENSE:
         return export_dense(settings.checkpoint, **about, **shards)
     return export_lora(settings.checkpoint, **about)
+
+
+OF_A_RIVAL = ("base", "dtype", "max_shard_size")
+"""Flags that have a say in what another method than GOAT has trained."""
+
+
+def rival_problems(settings: ExportSettings, rival: Rival) -> Iterator[str]:
+    """Yield what cannot be done with what another method than GOAT has trained, one line each."""
+    is_lora = rival.config is not None and rival.name == "LORA"
+    if settings.mode is Mode.EXACT or (settings.mode is Mode.LORA and not is_lora):
+        yield f"mode ({settings.mode}) is for routed experts, and this is {rival.name}; use --mode dense or adapter"
+    if rival.config is None and settings.mode is Mode.ADAPTER:
+        yield f"mode ({settings.mode}): a whole model was trained, and no adapter; use --mode dense"
+    is_copied = rival.config is None or settings.mode is not Mode.DENSE
+    useless = [name for name in MODES_OF if name not in OF_A_RIVAL or (is_copied and name != "base")]
+    if rival.config is None:
+        useless.append("base")
+    for name in useless:
+        if (value := getattr(settings, name)) is not None:
+            yield f"{name} ({_shown(value)}) has no effect on what {rival.name} has trained; leave it out"
+
+
+def export_rival(settings: ExportSettings, rival: Rival) -> None:
+    """Write what another method than GOAT has trained: merged by PEFT, or as it is."""
+    where: dict[str, Any] = {"output": settings.output, "base": settings.base}
+    if rival.config is None or settings.mode is not Mode.DENSE:
+        copy_rival(rival, **where)
+        return
+    shards: dict[str, Any] = {"max_shard_size": settings.max_shard_size} if settings.max_shard_size else {}
+    dtype = None if settings.dtype is None else settings.dtype.torch_dtype
+    merge_rival(rival, **where, dtype=dtype, **shards)
 
 
 def _report(settings: ExportSettings, exported: Exported | Dense) -> None:

@@ -14,7 +14,7 @@ from goat_ds.data import load_tokenizer
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, first_line, raise_if_any
 from goat_ds.evaluate.settings import Dtype, EvalSettings
-from goat_ds.export import Adapter, find_adapter, read_adapter
+from goat_ds.export import Adapter, find_trained, read_adapter
 from goat_ds.export.adapter_file import CONFIG_NAME
 from goat_ds.export.same_base import check_base
 from goat_ds.export.stored_base import find_base
@@ -112,13 +112,17 @@ def find_subject(settings: EvalSettings) -> Subject:
     """
     path = Path(settings.model)
     if path.is_dir() and ((path / CONFIG_NAME).is_file() or not (path / "config.json").is_file()):
-        return _adapter_subject(settings, _adapter_folder(path))
+        folder = _trained_folder(path)
+        if (folder / CONFIG_NAME).is_file():
+            return _adapter_subject(settings, folder)
+        # Where a run has trained every weight.
+        return _whole_subject(replace(settings, model=str(folder)))
     return _whole_subject(settings)
 
 
-def _adapter_folder(path: Path) -> Path:
+def _trained_folder(path: Path) -> Path:
     try:
-        return find_adapter(path)
+        return find_trained(path)
     except ConfigError:
         raise ConfigError(
             f"model ({path}) holds neither config.json, nor {CONFIG_NAME}, nor adapter/{CONFIG_NAME}, nor a "

@@ -121,12 +121,25 @@ def find_adapter(checkpoint: Path) -> Path:
     """Return the adapter folder that ``checkpoint`` means.
 
     Raises:
+        ConfigError: there is none, or it holds a whole model.
+    """
+    path = find_trained(checkpoint)
+    if not (path / CONFIG_NAME).is_file():
+        raise ConfigError(f"checkpoint ({checkpoint}) holds a whole model, and no adapter: {path}")
+    return path
+
+
+def find_trained(checkpoint: Path) -> Path:
+    """Return the folder of the adapter, or of the whole model, that ``checkpoint`` means.
+
+    Raises:
         ConfigError: there is none.
     """
     steps = {path: step for path in checkpoint.glob("checkpoint-*") if (step := _step(path)) is not None}
     newest_first = sorted(steps, key=lambda path: steps[path], reverse=True)
-    for folder in (checkpoint, checkpoint / "adapter", *(path / "adapter" for path in newest_first)):
-        if (folder / CONFIG_NAME).is_file():
+    below = [path / name for path in (checkpoint, *newest_first) for name in ("adapter", "model")]
+    for folder in (checkpoint, *below):
+        if (folder / CONFIG_NAME).is_file() or (folder != checkpoint and (folder / "config.json").is_file()):
             return folder.resolve()
     raise ConfigError(
         f"checkpoint ({checkpoint}) holds neither {CONFIG_NAME}, nor adapter/{CONFIG_NAME}, nor a checkpoint-<step>; "

@@ -24,11 +24,12 @@ class Init(StrEnum):
     PISSA = "pissa"
     MILORA = "milora"
     PISSA_MILORA = "pissa_milora"
+    OLORA = "olora"
     ZERO = "zero"
 
     @property
     def decomposes(self) -> bool:
-        """Whether this start needs singular vectors; the others draw ``A`` and leave ``B`` at zero."""
+        """Whether this start comes of the weight; the other draws ``A`` and leaves ``B`` at zero."""
         return self is not Init.ZERO
 
 
@@ -94,7 +95,7 @@ def chosen_indices(start: Init, *, num_directions: int, num_experts: int, r: int
             first_E = experts_E * segment
         case Init.GOAT_MINI:
             first_E = (experts_E + 1) * segment - expert_rank
-        case Init.PISSA:
+        case Init.PISSA | Init.OLORA:
             first_E = experts_E * expert_rank
         case Init.MILORA:
             first_E = num_directions - r + experts_E * expert_rank
@@ -124,6 +125,16 @@ def decompose(weight_OI: Tensor, indices_ED: Tensor) -> Directions:
     """
     weight_64, indices_R = weight_OI.detach().to(torch.float64), indices_ED.flatten().to(weight_OI.device)
     return _decompose_by_gram(weight_64, indices_R) or _decompose_by_svd(weight_64, indices_R)
+
+
+@torch.no_grad()
+def leading_of_qr(weight_OI: Tensor, r: int) -> Directions:
+    """Return the first ``r`` columns of Q and rows of R of ``W = Q R`` (OLoRA, arXiv 2406.01775), in float64.
+
+    They stand where singular vectors stand, with 1 for every singular value.
+    """
+    q_OQ, r_QI = torch.linalg.qr(weight_OI.detach().to(torch.float64))
+    return Directions(q_OQ[:, :r], q_OQ.new_ones(r), r_QI[:r])
 
 
 def _decompose_by_svd(weight_OI: Tensor, indices_R: Tensor) -> Directions:

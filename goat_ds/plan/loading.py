@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -32,7 +33,6 @@ class Decompositions:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton, self._workspaces = skeleton, dict[float, float]()
-        self._goat: GoatConfig = skeleton.model.peft_config["default"]  # type: ignore[assignment]
 
     def seconds(self, world_size: int) -> float:
         """Estimate the time until all ranks are done, each as fast as this process is now."""
@@ -61,11 +61,12 @@ class Decompositions:
         return seconds / _cost((weight_OI.shape[0], weight_OI.shape[1]))
 
     def _small(self, shape: tuple[int, int], *, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-        size = min(min(shape), max(side, self._goat.r))
+        # Only experts decompose.
+        model: Any = self._skeleton.model
+        goat: GoatConfig = model.peft_config["default"]
+        size = min(min(shape), max(side, goat.r))
         small = [round(each * size / min(shape)) for each in shape]
-        indices_ED = chosen_indices(
-            self._goat.init, num_directions=size, num_experts=self._goat.num_experts, r=self._goat.r
-        )
+        indices_ED = chosen_indices(goat.init, num_directions=size, num_experts=goat.num_experts, r=goat.r)
         weight_OI = torch.randn(small, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
         return weight_OI.to(ranks.device()), indices_ED
 

@@ -8,6 +8,7 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftConfig
 
 from goat_ds.base.inspect import Base
 from goat_ds.plan import loading
@@ -16,8 +17,7 @@ from goat_ds.plan.memory import Memory, Place, Placement, in_training
 from goat_ds.plan.skeleton import Skeleton, build
 from goat_ds.plan.timeline import Timeline, record
 from goat_ds.tuner.base_quantization import BaseQuantization
-from goat_ds.tuner.config import GoatConfig
-from goat_ds.zero import ds_config, sizes
+from goat_ds.zero import adapters, ds_config, sizes
 from goat_ds.zero.ds_config import EngineSettings
 from goat_ds.zero.engine import Attention, Checkpointing, enable_checkpointing
 from goat_ds.zero.sizes import ZeroSizes
@@ -34,8 +34,8 @@ class PlanSettings:
 
     base: Base
     """What is trained on."""
-    goat: GoatConfig
-    """The adapter."""
+    adapter: PeftConfig | None
+    """What is trained; None: every weight."""
     quantization: BaseQuantization | None
     """How the base becomes 4-bit; None: not at all."""
     as_4bit: BaseQuantization
@@ -100,7 +100,7 @@ class Planner:
         attention = Attention.SDPA if settings.attention is Attention.FLASH_ATTENTION_2 else settings.attention
         return build(
             settings.base,
-            settings.goat,
+            settings.adapter,
             dtype=settings.dtype,
             attention=str(attention),
             quantization=settings.quantization,
@@ -205,7 +205,7 @@ class Planner:
             settings = dataclasses.replace(settings, checkpointing=Checkpointing.NON_REENTRANT)
             names = (*names, "--gradient_checkpointing non_reentrant")
             yield names, settings
-        if self.zero.stage < 3:
+        if self.zero.stage < 3 and not any(adapters.problems(settings.adapter, stage=3, is_4bit=False)):
             settings = dataclasses.replace(settings, ds_config=with_zero(settings.ds_config, stage=3))
             names = (*names, "zero_optimization.stage 3")
             yield names, settings
@@ -214,7 +214,7 @@ class Planner:
             settings = dataclasses.replace(settings, ds_config=without)
             names = (*names, "no zero_optimization.zero_hpz_partition_size")
             yield names, settings
-        if not self.skeleton.packed_bytes:
+        if not self.skeleton.packed_bytes and not any(adapters.problems(settings.adapter, stage=3, is_4bit=True)):
             settings = dataclasses.replace(settings, quantization=settings.as_4bit)
             names = (*names, "--load_in_4bit")
             yield names, settings

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from goat_ds.base.inspect import Base
@@ -52,7 +52,7 @@ class Held(NamedTuple):
 class Skeleton:
     """A model with its adapter on the meta device, and what its parameters are."""
 
-    model: PeftModel
+    model: nn.Module
     parameters: tuple[Held, ...]
     weights: dict[str, tuple[int, int]]
     """O and I of the linear layers whose weights are worked on while experts start, by path."""
@@ -89,7 +89,7 @@ class Skeleton:
 
 def build(
     base: Base,
-    goat: GoatConfig,
+    adapter: PeftConfig | None,
     *,
     dtype: torch.dtype,
     attention: str,
@@ -100,7 +100,7 @@ def build(
 
     Args:
         base: What it is.
-        goat: The adapter's settings.
+        adapter: What is trained; None: every weight.
         dtype: Of the weights.
         attention: Attention code.
         quantization: How the base becomes 4-bit; None: it does not, unless it is stored so.
@@ -118,15 +118,24 @@ def build(
     packed = {path: model.get_submodule(path).weight.numel() for path in shapes}
     model.config.use_cache = False
     model.train()
-    settings = GoatConfig(**{**copy.deepcopy(goat).to_dict(), "deferred": True})
-    fitted = get_peft_model(
-        model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-    )
+    fitted = _fitted(model, adapter)
     starts = {item.path: linear_shape(item.layer.get_base_layer()) for item in named_experts(model, ADAPTER_NAME)}
-    decomposed = frozenset(starts) if settings.init.decomposes else frozenset()
+    decomposes = isinstance(adapter, GoatConfig) and adapter.init.decomposes
+    decomposed = frozenset(starts) if decomposes else frozenset()
     for item in named_experts(fitted, ADAPTER_NAME):
         item.experts.ready = True
     return Skeleton(fitted, tuple(_held(fitted)), becomes_4bit | starts, packed, becomes_4bit, decomposed)
+
+
+def _fitted(model: Any, adapter: PeftConfig | None) -> Any:
+    if adapter is None:
+        return model
+    settings = copy.deepcopy(adapter)
+    if isinstance(adapter, GoatConfig):
+        settings = GoatConfig(**{**settings.to_dict(), "deferred": True})
+    return get_peft_model(
+        model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+    )
 
 
 def _as_stored(values: dict[str, Any], *, dtype: torch.dtype, compute_dtype: torch.dtype) -> BaseQuantization:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from goat_ds.data import MicroBatch, label_loss_sum
 from goat_ds.tuner.quantized import QuantizedLinear, code_of_statistics
+from goat_ds.zero.adapters import goat_of
 
 NUM_BLOCKS_RUN = 3
 """The first block, one that stands for all between, the last."""
@@ -176,7 +177,7 @@ def record(
     """Run one micro-batch through a few blocks of a model on the meta device, which stays as it is.
 
     Args:
-        model: A PEFT model with a GOAT adapter.
+        model: With or without an adapter.
         num_tokens: Of the row.
         num_labels: Positions with a label.
         one_document: Whether a row holds one document only, and attention so needs no mask.
@@ -196,7 +197,9 @@ def record(
         known = [*few.parameters(), *few.buffers(), *(v for v in batch if isinstance(v, Tensor))]
         with LiveBytes(known, one_document=one_document) as live:
             recorder = _Recorder(few, live, path)
-            loss = few.base_model.with_balance_loss(label_loss_sum(few, batch))
+            loss = label_loss_sum(few, batch)
+            if (tuner := goat_of(few)) is not None:
+                loss = tuner.with_balance_loss(loss)
             kept = live.held
             loss.backward()
             recorder.end()

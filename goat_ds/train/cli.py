@@ -15,7 +15,8 @@ from goat_ds.arguments import Parsed, mistakes, parse_known
 from goat_ds.errors import ConfigError, first_line
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
-from goat_ds.train.config import MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
+from goat_ds.train.config import GOAT_FLAGS, MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
+from goat_ds.train.methods import Method, without_effect
 from goat_ds.tuner.config import Residual
 
 SEVERAL_RANKS = """\
@@ -64,20 +65,32 @@ def _parsed(arguments: Sequence[str]) -> Parsed[TrainConfig]:
 
 def _useless(config: TrainConfig, given: set[str]) -> Iterator[str]:
     """Yield which of the given flags other flags make useless."""
-    theory = config.scaling is Scaling.THEORY
-    if theory and "lora_alpha" in given:
-        yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
-    if not theory and "eta" in given:
-        yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
-    if config.init is Init.ZERO and "rho" in given:
-        yield f"rho ({config.rho}) has no effect with init zero; use another init, or leave rho out"
-    if config.init is Init.ZERO and "residual" in given and config.residual is Residual.FOLD:
-        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
+    of_adapter = {name: _shown(getattr(config, name)) for name in GOAT_FLAGS if name in given}
+    if config.peft_config is not None:
+        for name, value in {"method": str(config.method), **of_adapter}.items():
+            if name in given:
+                yield f"{name} ({value}) has no effect beside peft_config ({config.peft_config}); leave it out"
+    elif config.method is not Method.GOAT:
+        yield from without_effect(config.method, of_adapter)
+    else:
+        yield from _useless_in_goat(config, given)
     for name in ("bnb_4bit_blocksize", "bnb_4bit_use_double_quant", "keep_in_high_precision"):
         if name in given and not config.load_in_4bit:
             yield f"{name} ({_shown(getattr(config, name))}) has no effect without load_in_4bit; give both or neither"
     if config.allow_changed and config.resume is None:
         yield "allow_changed has no effect without resume; give both or neither"
+
+
+def _useless_in_goat(config: TrainConfig, given: set[str]) -> Iterator[str]:
+    theory = config.scaling is Scaling.THEORY
+    if theory and "lora_alpha" in given:
+        yield f"lora_alpha ({config.lora_alpha}) has no effect with scaling theory; use scaling alpha or rslora, or eta"
+    if not theory and "eta" in given:
+        yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
+    if config.init in (Init.ZERO, Init.OLORA) and "rho" in given:
+        yield f"rho ({config.rho}) has no effect with init {config.init}; use another init, or leave rho out"
+    if config.init is Init.ZERO and "residual" in given and config.residual is Residual.FOLD:
+        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
     if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
         yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
 

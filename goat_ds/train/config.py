@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from goat_ds import demo
 from goat_ds.arguments import flag, list_flag
 from goat_ds.data import DataFormat
@@ -18,9 +20,11 @@ from goat_ds.errors import ConfigError
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.precision import Precision
+from goat_ds.train.methods import LORA_PLUS_RATIO, Method, adapter_of
 from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import BLOCK_SIZES, Packing
+from goat_ds.zero.adapters import Rates
 from goat_ds.zero.engine import Attention, Checkpointing
 
 
@@ -65,7 +69,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda n: n >= 0,
         "at least 0",
     ),
-    (("learning_rate", "adam_eps"), lambda n: n > 0, "above 0"),
+    (("learning_rate", "lr_ratio_B", "router_lr", "adam_eps"), lambda n: n > 0, "above 0"),
     (
         ("timeout_minutes",),
         lambda n: MIN_TIMEOUT_MINUTES <= n <= MAX_TIMEOUT_MINUTES,
@@ -127,7 +131,11 @@ class TrainConfig:
     packing: bool = flag(True, "fill packs with several records, without attention across them")
     token_cache: str = flag(_cache_folder("tokens"), "folder that remembers tokenised data by content")
 
-    # -- adapter
+    # -- what is trained
+    method: Method = flag(Method.GOAT, "what is trained; each has its line in docs/methods.md")
+    peft_config: str | None = flag(
+        None, "JSON file with the config of any PEFT method, as adapter_config.json holds it, in place of a method"
+    )
     r: int = flag(32, "total rank of a layer; every expert has r / num_experts")
     num_experts: int = flag(8, "experts of a layer")
     top_k: int = flag(2, "experts a token uses")
@@ -159,6 +167,10 @@ class TrainConfig:
     learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
     lr_scheduler: Schedule = flag(Schedule.COSINE, "schedule after warm-up; constant is without any")
     warmup_steps: int | None = flag(None, "steps of linear warm-up; 100 by default, or a tenth of a shorter run")
+    lr_ratio_B: float | None = flag(
+        None, "learning rate of the factors B, as a multiple of learning_rate; 1 by default, 16 for lora_plus"
+    )
+    router_lr: float | None = flag(None, "peak learning rate of the routers; learning_rate by default")
     weight_decay: float = flag(0.0, "AdamW's decoupled decay")
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
@@ -183,17 +195,27 @@ class TrainConfig:
         NUM_TOKENS, "tokens of the training data that a checkpoint keeps to fit exports on; 0 keeps none"
     )
 
-    def goat(self) -> GoatConfig:
-        """Return the adapter's settings.
+    def adapter(self) -> PeftConfig | None:
+        """Return the settings of what the method puts on the base; None for full fine-tuning.
+
+        ``peft_config`` is a file, and has no say here: ``train.inputs`` reads it.
 
         Raises:
             ConfigError: one line a problem.
         """
-        shared = {f.name for f in dataclasses.fields(GoatConfig)} & {f.name for f in dataclasses.fields(TrainConfig)}
-        values = {name: getattr(self, name) for name in shared}
+        if self.method is not Method.GOAT:
+            return adapter_of(self.method, self, names_of=_names_or_pattern)
+        values = {name: getattr(self, name) for name in GOAT_FLAGS}
         for name in ("target_modules", "exclude_modules"):
             values[name] = _names_or_pattern(values[name])
         return GoatConfig(task_type="CAUSAL_LM", **values)
+
+    @property
+    def rates(self) -> Rates:
+        """The peak learning rates of the parts of what is trained."""
+        default = LORA_PLUS_RATIO if self.method is Method.LORA_PLUS else 1.0
+        ratio = default if self.lr_ratio_B is None else self.lr_ratio_B
+        return Rates(self.learning_rate, ratio, self.router_lr)
 
     def quantization(self) -> BaseQuantization | None:
         """Return how the base becomes 4-bit; None: not at all."""
@@ -207,6 +229,18 @@ class TrainConfig:
             compute_dtype=(self.bnb_4bit_compute_dtype or self.precision).torch_name,
             kept=tuple(self.keep_in_high_precision or ()),
         )
+
+    @property
+    def routes(self) -> bool:
+        """Whether the method has experts and a router to choose among them."""
+        if self.peft_config is not None:
+            return False
+        try:
+            adapter = self.adapter()
+        except ConfigError:
+            # Reported by itself.
+            return True
+        return isinstance(adapter, GoatConfig) and adapter.num_experts > 1
 
     @property
     def is_demo(self) -> bool:
@@ -270,13 +304,14 @@ class TrainConfig:
             required: Settings that must be given, unless the embedded demo's are taken.
         """
         try:
-            self.goat()
+            self.adapter()
         except ConfigError as error:
             yield from error.problems
         yield from self._absent(required)
         yield from self._out_of_range()
         yield from self._schedule_problems()
         yield from self._finish_problems()
+        yield from self._rate_problems()
         if self.eval_steps and not self.eval_data and not self.is_demo:
             yield f"eval_steps ({self.eval_steps}) is set and eval_data is not"
 
@@ -307,12 +342,24 @@ class TrainConfig:
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
 
+    def _rate_problems(self) -> Iterator[str]:
+        if self.router_lr is not None and not self.routes:
+            yield (
+                f"router_lr ({self.router_lr}) has no effect where nothing is routed (method {self.method}, "
+                f"num_experts {self.num_experts}); leave it out"
+            )
+        if self.lr_ratio_B is not None and self.method is Method.FULL:
+            yield f"lr_ratio_B ({self.lr_ratio_B}) has no effect with method full, which has no factor B; leave it out"
+
     def _finish_problems(self) -> Iterator[str]:
         if not 0 <= self.dense_finish < 1:
             yield f"dense_finish ({self.dense_finish}) must be in [0, 1)"
             return
-        if self.dense_finish and self.num_experts == 1:
-            yield f"dense_finish ({self.dense_finish}) has no effect with num_experts 1, which is dense; leave it out"
+        if self.dense_finish and not self.routes:
+            yield (
+                f"dense_finish ({self.dense_finish}) has no effect where nothing is routed (method {self.method}, "
+                f"num_experts {self.num_experts}); leave it out"
+            )
         if self.dense_finish and self.precision is Precision.FP16:
             yield f"dense_finish ({self.dense_finish}) would restart the loss scale of precision fp16; use bf16 or fp32"
         if self.max_steps > 0:
@@ -331,3 +378,9 @@ def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
     ):
         return values[0]
     return values
+
+
+GOAT_FLAGS = tuple(
+    sorted({f.name for f in dataclasses.fields(GoatConfig)} & {f.name for f in dataclasses.fields(TrainConfig)})
+)
+"""The flags of the adapter, which only GOAT takes all of."""

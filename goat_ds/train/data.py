@@ -14,6 +14,7 @@ from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, raise_if_any
 from goat_ds.train.config import TrainConfig
 from goat_ds.train.inputs import Inputs
+from goat_ds.zero.checkpoint import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +99,23 @@ def num_tokens_until(step: int, plan: BatchPlan, dataset: Dataset) -> int:
     return sum(int(counts[list(pack)].sum()) for pack in packs)
 
 
-def sample_writer(config: TrainConfig, tokens: Tokens, heldout: Tokens | None) -> Callable[[Path], None] | None:
-    """Choose the sample of the data that every checkpoint keeps; return what writes it, or None where none is kept."""
-    if not config.calibration_sample_tokens:
-        return None
-    sample = take_sample(
-        tokens.dataset,
-        heldout and heldout.dataset,
-        num_tokens=config.calibration_sample_tokens,
-        max_length=config.max_length,
-        seed=config.seed,
-    )
-    return lambda folder: save_sample(sample, folder / SAMPLE_NAME)
+def writer_beside(inputs: Inputs, tokens: Tokens, heldout: Tokens | None) -> Callable[[Path], None]:
+    """Choose the sample of the data that every checkpoint keeps; return what writes it, and a model's tokenizer."""
+    config, sample = inputs.config, None
+    if config.calibration_sample_tokens:
+        sample = take_sample(
+            tokens.dataset,
+            heldout and heldout.dataset,
+            num_tokens=config.calibration_sample_tokens,
+            max_length=config.max_length,
+            seed=config.seed,
+        )
+
+    def write(folder: Path) -> None:
+        if sample is not None:
+            save_sample(sample, folder / SAMPLE_NAME)
+        if inputs.adapter is None:
+            # A whole model is loaded without its base.
+            inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+
+    return write

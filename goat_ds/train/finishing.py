@@ -32,6 +32,7 @@ def finish(
         counts=tokens.counts,
         engine_config=inputs.engine_config,
         schedule=schedule_of(inputs.config, num_steps=num_steps),
+        rates=inputs.config.rates,
     )
     logger.info(f"dense finish after step {step}: {done}")
     metrics.record_finish(step, **done.numbers())

@@ -8,16 +8,19 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from goat_ds.base.inspect import Base, inspect
 from goat_ds.data import load_tokenizer
 from goat_ds.distributed import ranks
-from goat_ds.errors import ConfigError
+from goat_ds.errors import ConfigError, first_line
 from goat_ds.train.config import TrainConfig
 from goat_ds.zero import ds_config
+from goat_ds.zero.adapters import config_from
 from goat_ds.zero.ds_config import EngineSettings
 
 DS_CONFIG_NAME = "ds_config.json"
@@ -33,6 +36,10 @@ class Inputs:
     """Ranks of the run."""
     found_ds_config: dict[str, Any] | None
     """As the file has it; None where none is named, or it cannot be read."""
+    adapter: PeftConfig | None
+    """What is put on the base; None: every weight is trained, unless ``wrong_adapter``."""
+    wrong_adapter: bool
+    """Whether the settings of the adapter have problems, which are reported elsewhere."""
     found_base: Base | None
     """None where no model is named, or its config cannot be read."""
     unreadable: tuple[str, ...]
@@ -108,14 +115,34 @@ def read_inputs(config: TrainConfig, *, world_size: int | None = None) -> Inputs
         # The file of one node counts, so that all ranks train by the same.
         raw, unreadable = ranks.agree_from_first(lambda: ds_config.read(path))
         raw = None if unreadable else raw
+    adapter, problems = ranks.agree_from_first(lambda: _adapter(config))
     base, unreadable_base = ranks.first_on_node_then_others(lambda: _inspected(config))
     return Inputs(
         config=config,
         world_size=ranks.get_world_size() if world_size is None else world_size,
         found_ds_config=raw,
+        adapter=adapter,
+        wrong_adapter=problems is not None,
         found_base=base,
-        unreadable=(*unreadable, *unreadable_base),
+        unreadable=(*unreadable, *(problems or ()), *unreadable_base),
     )
+
+
+def _adapter(config: TrainConfig) -> tuple[PeftConfig | None, list[str] | None]:
+    """Return what is put on the base; or None and what is wrong with the file that says so."""
+    path = config.peft_config
+    try:
+        if path is None:
+            return config.adapter(), None
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            return None, [f"peft_config ({path}) holds no JSON object"]
+        return config_from(values), None
+    except ConfigError as error:
+        # Of the flags, and so reported with their numbers already.
+        return None, [] if path is None else list(error.problems)
+    except (OSError, ValueError) as error:
+        return None, [f"peft_config ({path}) cannot be read: {first_line(error)}"]
 
 
 def _inspected(config: TrainConfig) -> tuple[Base | None, list[str]]:

@@ -12,7 +12,7 @@ from goat_ds.data import BatchPlan, StepBatch, batches, eval_batches, label_loss
 from goat_ds.distributed import ranks
 from goat_ds.errors import Interrupted
 from goat_ds.train.build import build
-from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, sample_writer
+from goat_ds.train.data import Tokens, batch_plan, digest_on_first, load_all_tokens, num_tokens_until, writer_beside
 from goat_ds.train.finishing import finish
 from goat_ds.train.health import Health
 from goat_ds.train.inputs import Inputs
@@ -24,6 +24,7 @@ from goat_ds.train.signals import Signals
 from goat_ds.zero import checkpoint as checkpoints
 from goat_ds.zero import ds_config, partition
 from goat_ds.zero import engine as engines
+from goat_ds.zero.adapters import goat_of
 from goat_ds.zero.decompose import seed_of
 from goat_ds.zero.dense_finish import check_enough
 
@@ -85,8 +86,8 @@ class Course(NamedTuple):
     finish_after: int | None
     """The step after which experts become dense; None: they never do."""
     memory: RunMemory
-    write_sample: Callable[[Path], None] | None
-    """Writes the sample of the data that checkpoints keep, on the rank that does so."""
+    write_beside: Callable[[Path], None] | None
+    """Writes what checkpoints keep beside what was trained, on the rank that does so."""
 
 
 def course_of(resumption: Resumption, inputs: Inputs) -> Course:
@@ -102,7 +103,7 @@ def course_of(resumption: Resumption, inputs: Inputs) -> Course:
         num_steps,
         config.finish_after(num_steps),
         RunMemory(resumption, digest_on_first(tokens.dataset)),
-        sample_writer(config, tokens, heldout) if ranks.is_first() else None,
+        writer_beside(inputs, tokens, heldout) if ranks.is_first() else None,
     )
     if resumption.checkpoint:
         check_phase(config, resumption.checkpoint, course.finish_after)
@@ -126,7 +127,7 @@ class Training:
         self.done = course.memory.steps_done
         self.saved = checkpoint and checkpoint.folder
         """The last checkpoint."""
-        self.engine = build(inputs, num_steps=course.num_steps, checkpoint=checkpoint)
+        self.engine, self.base_fingerprint = build(inputs, num_steps=course.num_steps, checkpoint=checkpoint)
         if course.finish_after and self.done <= course.finish_after:
             num_tokens = num_tokens_until(course.finish_after, course.plan, course.tokens.dataset)
             check_enough(engines.peft_model(self.engine), num_tokens)
@@ -158,12 +159,12 @@ class Training:
         # A function of seed, step and rank: it needs no place in a checkpoint, and does not depend on what else drew.
         torch.manual_seed(seed_of(self.config.seed, f"dropout of rank {ranks.get_rank()} in step {step}"))
         engine: Any = self.engine
-        tuner: Any = engines.peft_model(engine).base_model
+        tuner = goat_of(engine.module)
         num_micro_batches = self.config.grad_accum_steps * ranks.get_world_size()
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(engine.device)
             loss = objective(engine, tuner, micro_batch, step_batch=batch, num_micro_batches=num_micro_batches)
-            self.metrics.add(loss, micro_batch, tuner.signal.loads)
+            self.metrics.add(loss, micro_batch, tuner.signal.loads if tuner else {})
             engine.backward(loss.total)
             lr = engine.get_lr()[0]
             engine.step()
@@ -198,7 +199,8 @@ class Training:
                 step,
                 self.config,
                 run=self.course.memory.after(self.metrics),
-                write_sample=self.course.write_sample,
+                base_fingerprint=self.base_fingerprint,
+                write_beside=self.course.write_beside,
                 earlier=self.saved,
                 must_succeed=step == self.course.num_steps or signal is not None,
             )

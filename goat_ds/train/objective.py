@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from goat_ds.data import MicroBatch, StepBatch, label_loss_sum
+from goat_ds.tuner.model import GoatModel
 
 
 class StepLoss(NamedTuple):
@@ -27,21 +28,23 @@ class StepLoss(NamedTuple):
 
 
 def objective(
-    engine: Any, tuner: Any, micro_batch: MicroBatch, *, step_batch: StepBatch, num_micro_batches: int
+    engine: Any, tuner: GoatModel | None, micro_batch: MicroBatch, *, step_batch: StepBatch, num_micro_batches: int
 ) -> StepLoss:
     """Run one micro-batch forward.
 
     Args:
         engine: The DeepSpeed engine.
-        tuner: The ``GoatModel`` inside it.
+        tuner: The ``GoatModel`` inside it; None where another method is trained, which has no balance.
         micro_batch: One of this rank's, on the engine's device.
         step_batch: The step it belongs to.
         num_micro_batches: Micro-batches of a step over all ranks, fillers included.
     """
     lm_sum = label_loss_sum(engine, micro_batch)
-    loads = list(tuner.signal.loads.values())
+    loads = list(tuner.signal.loads.values()) if tuner else []
     balance = torch.stack([load.balance_loss for load in loads]).mean() if loads else lm_sum.new_zeros(())
     total = lm_sum * (num_micro_batches / step_batch.num_label_tokens)
+    if tuner is None:
+        return StepLoss(total, lm_sum.detach(), balance)
     weight = 0.0 if micro_batch.is_filler else num_micro_batches / step_batch.num_real_micro_batches
     total = tuner.with_balance_loss(total, weight=weight)
     return StepLoss(total, lm_sum.detach(), balance)

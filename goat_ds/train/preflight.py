@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run and can be known before a weight is read, in one message."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from goat_ds.precision import Precision
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.train.inputs import Inputs, read_inputs, with_4bit
 from goat_ds.train.resume import Resumption
-from goat_ds.zero import ds_config, engine, sizes
+from goat_ds.zero import adapters, ds_config, engine, sizes
 from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.engine import Attention
 
+OF_A_SAVED_ADAPTER = ("base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "target_modules")
+"""Settings that PEFT writes or resolves itself; the shapes of tensors say what was adapted."""
 REQUIRED_TO_PLAN = ("model",)
 """Settings that a plan needs, unless it is the embedded demo's."""
 
@@ -59,7 +62,9 @@ def problems(resumption: Resumption, inputs: Inputs) -> Iterator[str]:
             yield f"{name} (fp16) is not supported by this device; use bf16 or fp32"
     yield from _raised_by(lambda: engine.choose_attention(config.attn, precision=config.precision))
     # What config and tokenizer are both missing is reported once; with wrong numbers no adapter can be put anywhere.
-    yield from dict.fromkeys([*inputs.unreadable, *_model_problems(resumption, inputs, rehearsable=not numbers)])
+    yield from dict.fromkeys(
+        [*inputs.unreadable, *_model_problems(resumption, inputs, rehearsable=not numbers and not inputs.wrong_adapter)]
+    )
 
 
 def data_problems(config: TrainConfig) -> Iterator[str]:
@@ -74,6 +79,14 @@ def _ds_config_problems(inputs: Inputs) -> Iterator[str]:
         yield from found or _raised_by(
             lambda: sizes.read(inputs.engine_config, model_dtype=inputs.config.precision.torch_dtype)
         )
+
+
+def _method_problems(inputs: Inputs) -> Iterator[str]:
+    """Yield why what is trained cannot be, under the stage of ZeRO and on the base that were asked for."""
+    if inputs.wrong_adapter or inputs.found_ds_config is None:
+        return
+    stage = inputs.raw_ds_config.get("zero_optimization", {}).get("stage", 0)
+    yield from adapters.problems(inputs.adapter, stage=stage, is_4bit=inputs.is_4bit)
 
 
 def plan_problems(inputs: Inputs) -> Iterator[str]:
@@ -93,10 +106,11 @@ def plan_problems(inputs: Inputs) -> Iterator[str]:
     if base is None:
         return
     quantization = config.quantization()
-    yield from engine.four_bit_problems(base, quantization=quantization, residual=config.residual)
+    yield from engine.four_bit_problems(base, quantization=quantization, adapter=inputs.adapter)
     unfit = list(base.misfits(max_length=config.max_length, tokenizer=None))
-    if not numbers:
-        unfit += _raised_by(lambda: engine.rehearse(base, config.goat(), quantization=quantization))
+    yield from _method_problems(inputs)
+    if not numbers and not inputs.wrong_adapter:
+        unfit += _raised_by(lambda: engine.rehearse(base, inputs.adapter, quantization=quantization))
     yield from dict.fromkeys(unfit)
 
 
@@ -113,7 +127,7 @@ def planner_of(inputs: Inputs, *, num_labels: int | None = None) -> Planner:
     return Planner(
         PlanSettings(
             base=inputs.base,
-            goat=config.goat(),
+            adapter=inputs.adapter,
             quantization=config.quantization(),
             as_4bit=as_4bit,
             ds_config=inputs.raw_ds_config,
@@ -155,7 +169,8 @@ def _model_problems(resumption: Resumption, inputs: Inputs, *, rehearsable: bool
     if base is None:
         return
     quantization = config.quantization()
-    yield from engine.four_bit_problems(base, quantization=quantization, residual=config.residual)
+    yield from engine.four_bit_problems(base, quantization=quantization, adapter=inputs.adapter)
+    yield from _method_problems(inputs)
     unfit = list(base.misfits(max_length=config.max_length, tokenizer=tokenizer))
     yield from unfit
     if not unfit:
@@ -163,16 +178,17 @@ def _model_problems(resumption: Resumption, inputs: Inputs, *, rehearsable: bool
         yield from [leak] if leak else []
     if rehearsable:
         try:
-            shapes = engine.rehearse(base, config.goat(), quantization=quantization)
+            shapes = engine.rehearse(base, inputs.adapter, quantization=quantization)
         except ConfigError as error:
             yield from error.problems
             return
         if resumption.checkpoint is not None:
             yield from _misfits_of(resumption.checkpoint, shapes)
+            yield from _changes_of(resumption.checkpoint, inputs)
 
 
 def _misfits_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield why a checkpoint's adapter is not one of this model; a dense finish has taken its routers."""
+    """Yield why what a checkpoint holds is not of this model; a dense finish has taken the routers."""
     expected = {name: shape for name, shape in shapes.items() if checkpoint.is_routed or not name.endswith("router")}
     wrong = [
         name
@@ -186,6 +202,26 @@ def _misfits_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> I
             f"{name}: {checkpoint.shapes.get(name)} there, {expected.get(name)} here; resume with its own model and "
             "flags"
         )
+
+
+def _changes_of(checkpoint: Checkpoint, inputs: Inputs) -> Iterator[str]:
+    """Yield which settings of a PEFT config file are not those of the adapter that the run began with."""
+    if inputs.config.peft_config is None or inputs.adapter is None or inputs.config.allow_changed:
+        return
+    # As a file holds them: sets become lists there, in any order.
+    found = {
+        name: _plain(value) for name, value in json.loads(json.dumps(inputs.adapter.to_dict(), default=sorted)).items()
+    }
+    for name, value in (checkpoint.adapter or {}).items():
+        if name not in OF_A_SAVED_ADAPTER and name in found and found[name] != _plain(value):
+            yield (
+                f"peft_config: {name} ({found[name]}) was {value} when the run began; set it back, or give "
+                "--allow_changed"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def _raised_by(check: Callable[[], Any]) -> Iterator[str]:

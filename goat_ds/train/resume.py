@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset(
     {
         "config", "output_dir", "dry_run", "timeout_minutes", "local_rank", "resume", "allow_changed",
-        "model", "attn", "gradient_checkpointing", "ds_config", "micro_batch_size", "grad_accum_steps",
+        "model", "peft_config", "attn", "gradient_checkpointing", "ds_config", "micro_batch_size", "grad_accum_steps",
         "data", "eval_data", "split", "eval_split", "data_format", "token_cache", "svd_cache",
         "log_steps", "router_log_steps", "eval_steps", "save_steps", "save_total_limit", "on_save_error",
         "calibration_sample_tokens",

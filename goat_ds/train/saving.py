@@ -48,7 +48,8 @@ def save(
     config: TrainConfig,
     *,
     run: dict[str, Any],
-    write_sample: Callable[[Path], None] | None,
+    base_fingerprint: dict[str, str] | None,
+    write_beside: Callable[[Path], None] | None,
     earlier: Path | None,
     must_succeed: bool,
 ) -> Path | None:
@@ -59,7 +60,12 @@ def save(
     """
     try:
         saved = checkpoints.save_checkpoint(
-            engine, output_dir=config.folder, step=step, run=run, write_beside=write_sample
+            engine,
+            output_dir=config.folder,
+            step=step,
+            run=run,
+            base_fingerprint=base_fingerprint,
+            write_beside=write_beside,
         )
     except SaveError as error:
         failed = f"{error}; {last_checkpoint(earlier)}"

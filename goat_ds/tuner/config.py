@@ -40,7 +40,8 @@ class GoatConfig(PeftConfig):
         r: Total rank of a layer; every expert has ``r / num_experts``.
         num_experts: Experts of a layer, ``E``.
         top_k: Experts a token uses, ``k``.
-        init: Where in the spectrum the experts start: goat, goat_mini, pissa, milora, pissa_milora or zero.
+        init: Where in the spectrum the experts start: goat, goat_mini, pissa, milora, pissa_milora or zero; or, with
+            one expert, on the leading part of ``W = Q R`` (olora).
         scaling: Formula of ``s``: theory, alpha or rslora.
         eta: Ratio of the learning rates, full fine-tuning to LoRA (``theory``).
         lora_alpha: Numerator of ``alpha`` and ``rslora``.
@@ -128,6 +129,10 @@ class GoatConfig(PeftConfig):
             yield "routed (False) is what a trained mixture becomes and cannot be started; use True"
         if self.init == Init.ZERO and self.adaptive_scale:
             yield "adaptive_scale needs a start with singular values, and init is zero"
+        if self.init == Init.OLORA and self.num_experts != 1:
+            yield f"init (olora) starts one expert, and num_experts is {self.num_experts}; use 1, or another init"
+        if self.init == Init.OLORA and self.adaptive_scale:
+            yield "adaptive_scale needs a start with singular values, and init is olora"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern is set and layers_to_transform is not"
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"

@@ -20,10 +20,12 @@ from goat_ds.method.scaling import adaptive_scales, expert_scale
 from goat_ds.method.spectrum import (
     Directions,
     Factors,
+    Init,
     add_residual_,
     chosen_indices,
     decompose,
     factors_from,
+    leading_of_qr,
     zero_init,
 )
 from goat_ds.tuner.config import GoatConfig, Residual
@@ -85,13 +87,15 @@ class GoatExperts(nn.Module):
         )
 
     def directions_in(self, weight_OI: Tensor) -> Directions:
-        """Decompose the base weight where the experts start.
+        """Decompose the base weight where the experts start; by QR for ``init="olora"``.
 
         Raises:
             ConfigError: the weight holds values that are no numbers.
         """
         if not weight_OI.isfinite().all():
             raise ConfigError(f"the weight of {self.name} holds values that are not finite; load a base that is whole")
+        if self.config.init is Init.OLORA:
+            return leading_of_qr(weight_OI, self.config.r)
         return decompose(weight_OI, self.indices())
 
     @torch.no_grad()
@@ -109,6 +113,8 @@ class GoatExperts(nn.Module):
                 dtype=self.A.dtype,
                 device=self.A.device,
             )
+        elif self.config.init is Init.OLORA:
+            factors = Factors(directions.v_RI, directions.u_OR)
         else:
             factors = factors_from(directions, scale_R=self._scale_per_direction(directions), rho=self.config.rho)
         self.A.copy_(factors.a_RI)

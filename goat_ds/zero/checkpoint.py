@@ -1,7 +1,7 @@
 """Save and resume what was trained: safetensors and JSON, no pickle, nothing that depends on the number of ranks.
 
     checkpoint-<step>/
-      adapter/                  a PEFT adapter folder, in the dtype of the model
+      adapter/                  a PEFT adapter folder, in the dtype of the model; model/, where every weight is trained
       state-00001.safetensors   fp32 value and Adam's moments of every trained tensor: 12 bytes a parameter
       run.json                  step, schedule, loss scale, and what the run itself has to remember
       manifest.json             size and SHA-256 of every file
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,15 +29,18 @@ from torch import Tensor, nn
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, SaveError, raised_everywhere
 from goat_ds.manifest import damages, write_manifest
-from goat_ds.tuner.model import ADAPTER_NAME, named_experts
+from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.zero import partition
+from goat_ds.zero.adapters import stored_tensors, trained_tensors
 from goat_ds.zero.decompose import StoredExperts
-from goat_ds.zero.engine import peft_model, resume_schedule
+from goat_ds.zero.engine import resume_schedule
 from goat_ds.zero.optimizer_state import MOMENTS, TensorState, read_state, write_state
 
 ADAPTER_FOLDER = "adapter"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
+MODEL_FOLDER = "model"
 RUN_NAME = "run.json"
-FORMAT = "goat_ds checkpoint 1"
+FORMAT = "goat_ds checkpoint 2"
 """Stands in ``run.json``; another number, another layout."""
 STATE_PATTERN = "state-*.safetensors"
 SHARD_BYTES = 2**30
@@ -60,15 +64,17 @@ class Checkpoint(NamedTuple):
     """Counters of Adam and the schedule, and the loss scale."""
     run: dict[str, Any]
     """What the run wrote down for itself."""
-    adapter: dict[str, Any]
-    """``adapter_config.json``."""
+    adapter: dict[str, Any] | None
+    """``adapter_config.json``; None: it holds a whole model."""
     shapes: dict[str, tuple[int, ...]]
-    """Of the adapter's tensors, by name in the file."""
+    """Of the adapter's or the model's tensors, by name in the file."""
+    base_fingerprint: dict[str, str] | None
+    """The content of the base that training began on; None: unknown, as where it was stored in 4 bits."""
 
     @property
     def is_routed(self) -> bool:
         """Whether a dense finish was still to come, if there is one."""
-        return bool(self.adapter.get("routed", True))
+        return self.adapter is None or bool(self.adapter.get("routed", True))
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -88,6 +94,7 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     run: Mapping[str, Any] | None = None,
+    base_fingerprint: Mapping[str, str] | None = None,
     write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``checkpoint-<step>/``. A collective.
@@ -99,6 +106,7 @@ def save_checkpoint(
         output_dir: Folder of the run.
         step: Of the run.
         run: What the run has to remember, as JSON.
+        base_fingerprint: The content of the base that training began on, where it is known.
         write_beside: Writes into the checkpoint's folder what belongs beside the adapter; the first rank's counts.
 
     Returns:
@@ -111,14 +119,23 @@ def save_checkpoint(
     if writer:
         writer.attempt(lambda: writer.begin(bytes_needed(engine)))
     num_adam_steps = 0
-    for name, parameter in _trained(engine):
+    trained: dict[str, list[int]] = {}
+    for name, parameter in trained_tensors(engine.module):
         state = read_state(engine, parameter)
+        trained[name] = list(state.master.shape)
         num_adam_steps = state.num_steps
         if writer:
             writer.attempt(lambda name=name, state=state: writer.add(name, state))  # type: ignore[misc]
-    tensors = _gather_adapter(engine, keep=writer is not None)
+    tensors = _gather_stored(engine, keep=writer is not None)
     if writer:
-        about = {"format": FORMAT, "step": step, "engine": _counters(engine, num_adam_steps), "run": dict(run or {})}
+        about = {
+            "format": FORMAT,
+            "step": step,
+            "engine": _counters(engine, num_adam_steps),
+            "trained": trained,
+            "base_fingerprint": base_fingerprint and dict(base_fingerprint),
+            "run": dict(run or {}),
+        }
         writer.attempt(lambda: writer.finish(engine, tensors, about, write_beside))
     problem = ranks.object_from(0, writer and writer.problem)
     if problem is not None:
@@ -128,13 +145,9 @@ def save_checkpoint(
 
 def bytes_needed(engine: DeepSpeedEngine) -> int:
     """Return the bytes of a checkpoint, rounded up a little."""
-    adapter = sum(
-        partition.full_shape(parameter).numel() * parameter.element_size()
-        for item in named_experts(peft_model(engine), ADAPTER_NAME)
-        for parameter in item.experts.parameters()
-    )
-    state = sum(partition.full_shape(parameter).numel() for _, parameter in _trained(engine)) * 4 * len(PARTS)
-    return adapter + state + SMALL_BYTES
+    stored = sum(_shape_of(tensor).numel() * tensor.element_size() for _, tensor in stored_tensors(engine.module))
+    state = sum(partition.full_shape(tensor).numel() for _, tensor in trained_tensors(engine.module)) * 4 * len(PARTS)
+    return stored + state + SMALL_BYTES
 
 
 def check_room(engine: DeepSpeedEngine, output_dir: Path) -> None:
@@ -208,12 +221,16 @@ class _Writer:
     ) -> None:
         if self._pending:
             self._write_pending()
-        peft_model(engine).save_pretrained(
-            str(self._folder / ADAPTER_FOLDER),
-            state_dict=tensors,
-            save_embedding_layers=False,
-            selected_adapters=[ADAPTER_NAME],
-        )
+        model: Any = engine.module
+        if isinstance(model, PeftModel):
+            model.save_pretrained(
+                str(self._folder / ADAPTER_FOLDER),
+                state_dict=tensors,
+                save_embedding_layers=False,
+                selected_adapters=[ADAPTER_NAME],
+            )
+        else:
+            model.save_pretrained(str(self._folder / MODEL_FOLDER), state_dict=tensors)
         if write_beside:
             write_beside(self._folder)
         (self._folder / RUN_NAME).write_text(json.dumps(about, indent=2))
@@ -233,24 +250,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the trained tensors by their names in the adapter's file."""
-    for item in named_experts(peft_model(engine), ADAPTER_NAME):
-        for name, parameter in item.experts.named_parameters():
-            if parameter.requires_grad:
-                yield f"{item.path}.goat_{name}", parameter
-
-
 @torch.no_grad()
-def _gather_adapter(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]:
-    """Return the adapter's tensors by their names in the model, on the rank that keeps them."""
+def _gather_stored(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]:
+    """Return what the adapter or the model is made of by its names in the model, on the rank that keeps it."""
     tensors: dict[str, Tensor] = {}
-    for item in named_experts(peft_model(engine), ADAPTER_NAME):
-        for name, parameter in item.experts.named_parameters():
-            with partition.gathered([parameter]):
-                if keep:
-                    tensors[f"{item.path}.goat_experts.{ADAPTER_NAME}.{name}"] = parameter.detach().cpu().clone()
+    for name, tensor in stored_tensors(engine.module):
+        with partition.gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
+            if keep:
+                tensors[name] = tensor.detach().cpu().clone()
     return tensors
+
+
+def _shape_of(tensor: Tensor) -> torch.Size:
+    return partition.full_shape(tensor) if isinstance(tensor, nn.Parameter) else tensor.shape
 
 
 def _counters(engine: DeepSpeedEngine, num_adam_steps: int) -> dict[str, Any]:
@@ -292,6 +304,14 @@ def keep_newest(output_dir: Path, limit: int) -> None:
         shutil.rmtree(grave)
 
 
+def _adapter_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config of a checkpoint's adapter; None where it holds a whole model."""
+    if (folder / MODEL_FOLDER / "config.json").is_file():
+        return None
+    values: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    return values
+
+
 class _Summary(NamedTuple):
     eval_loss: float | None
     is_routed: bool
@@ -300,8 +320,7 @@ class _Summary(NamedTuple):
 def _summary_of(folder: Path) -> _Summary | None:
     try:
         run = json.loads((folder / RUN_NAME).read_text())["run"]
-        adapter = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
-        return _Summary(run["eval_loss"], bool(adapter["routed"]))
+        return _Summary(run["eval_loss"], bool((_adapter_config(folder) or {}).get("routed", True)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -363,20 +382,23 @@ def _read(folder: Path, reader: int) -> Checkpoint:
         raise ConfigError(*problems)
     try:
         about = json.loads((folder / RUN_NAME).read_text())
-        adapter = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
+        adapter = _adapter_config(folder)
         if about["format"] != FORMAT:
             raise ConfigError(f"{folder / RUN_NAME}: format ({about['format']}) is not {FORMAT}")
         step, engine, run = int(about["step"]), dict(about["engine"]), dict(about["run"])
         int(engine["adam_steps"]), int(engine["schedule_steps"]), dict(engine["loss_scale"])
-        shapes = _shapes_in(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+        trained = {name: tuple(map(int, shape)) for name, shape in about["trained"].items()}
+        found = about["base_fingerprint"]
+        files = folder.glob(f"{ADAPTER_FOLDER if adapter is not None else MODEL_FOLDER}/*.safetensors")
+        shapes = {name: shape for path in sorted(files) for name, shape in _shapes_in(path).items()}
         state = {name: shape for path in sorted(folder.glob(STATE_PATTERN)) for name, shape in _shapes_in(path).items()}
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is damaged: its JSON files lack or distort {error}") from error
-    if problems := list(_misfits(folder, shapes, state)):
+    if problems := list(_misfits(folder, trained, shapes, state)):
         raise ConfigError(*problems)
-    return Checkpoint(folder, reader, step, engine, run, adapter, shapes)
+    return Checkpoint(folder, reader, step, engine, run, adapter, shapes, found)
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
@@ -387,19 +409,25 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"{path} is no safetensors file: {error}") from error
 
 
-def _misfits(folder: Path, shapes: dict[str, tuple[int, ...]], state: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield which tensors of the state do not belong to the adapter."""
-    expected = {f"{name}.{part}": shape for name, shape in shapes.items() for part in PARTS if _is_trained(name)}
+def _misfits(
+    folder: Path,
+    trained: dict[str, tuple[int, ...]],
+    shapes: dict[str, tuple[int, ...]],
+    state: dict[str, tuple[int, ...]],
+) -> Iterator[str]:
+    """Yield which tensors of the state are not those that were trained, or not those of the adapter."""
+    expected = {f"{name}.{part}": shape for name, shape in trained.items() for part in PARTS}
     for name in sorted(expected.keys() | state.keys()):
         if expected.get(name) != state.get(name):
-            yield f"{folder}: {name} has shape {state.get(name)} in the state, and {expected.get(name)} by the adapter"
+            yield f"{folder}: {name} has shape {state.get(name)} in the state, and {expected.get(name)} by {RUN_NAME}"
+    for name in sorted(trained.keys() & shapes.keys()):
+        if trained[name] != shapes[name]:
+            yield f"{folder}: {name} has shape {shapes[name]} in the adapter, and {trained[name]} by {RUN_NAME}"
+    if trained and not trained.keys() & shapes.keys():
+        yield f"{folder}: nothing of what was trained is in the adapter"
 
 
-def _is_trained(name: str) -> bool:
-    return name.rpartition("goat_")[2] in ("A", "B", "router")
-
-
-def stored_experts(checkpoint: Checkpoint) -> StoredExperts:
+def stored_adapter(checkpoint: Checkpoint) -> StoredExperts:
     """Return the adapter's tensors on the rank that reads them, None on the others. A collective."""
     path = checkpoint.folder / ADAPTER_FOLDER / "adapter_model.safetensors"
     here = ranks.get_rank() == checkpoint.reader
@@ -417,7 +445,7 @@ def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     here = ranks.get_rank() == checkpoint.reader
     num_steps = int(checkpoint.engine["adam_steps"])
     read = _StateReader(checkpoint.folder) if here else None
-    for name, parameter in _trained(engine):
+    for name, parameter in trained_tensors(engine.module):
         state = read.state(name, num_steps) if read else None
         write_state(engine, parameter, state, owner=checkpoint.reader)
     resume_schedule(engine, int(checkpoint.engine["schedule_steps"]))

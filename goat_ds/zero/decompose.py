@@ -30,11 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 from goat_ds.distributed import ranks
 from goat_ds.distributed.messages import ON_ANY_RANK
-from goat_ds.method.spectrum import Directions
+from goat_ds.method.spectrum import Directions, Init
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint, sample_layer
 from goat_ds.tuner.layer import GoatExperts
-from goat_ds.tuner.model import NamedExperts, linear_shape, named_experts
+from goat_ds.tuner.model import ADAPTER_NAME, NamedExperts, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
 from goat_ds.zero import partition, quantize
 from goat_ds.zero.quantize import Recipe
@@ -146,7 +146,9 @@ def init_adapter(
                 samples[work.path] = mine.sample
             if stored is None and work.item is not None:
                 partition.fill_from(owner, list(work.item.experts.parameters()), mine.values if here and mine else None)
-            _hand_out(model, work, owner, mine if here else None, adapter_name, recipe)
+            _hand_out(
+                model.get_base_model(), work, owner, mine if here else None, recipe=recipe, adapter_name=adapter_name
+            )
             bar.update()
     bar.close()
     model.base_model.record_base(adapter_name, fingerprint=_fingerprint(model, adapter_name, samples))
@@ -155,18 +157,53 @@ def init_adapter(
     return InitReport(num_started, num_cached, time.monotonic() - began)
 
 
-def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
-    """Combine the samples of all ranks; None where some layer was 4-bit before its experts started. A collective."""
+def settle_base(base: nn.Module, *, recipe: Recipe | None = None) -> BaseFingerprint | None:
+    """Make the base of another method's adapter 4-bit, before the adapter is put on it; return its content.
+
+    A collective. None where layers are 4-bit in its files already, so that their weights are not known.
+
+    Args:
+        base: A model without an adapter, not yet given to the DeepSpeed engine; its weights may be sharded.
+        recipe: How its linear layers become 4-bit; None leaves the base as it is.
+    """
+    chosen = {} if recipe is None else dict(layers_to_quantize(base, kept=recipe.quantization.kept))
+    packings = {id(layer): recipe.quantization.packing for layer in chosen.values()} if recipe else {}
+    linear = [(path, layer) for path, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    if any(isinstance(layer, QuantizedLinear) for _, layer in linear):
+        return None
+    works = [Work(path, layer, None, packings.get(id(layer))) for path, layer in linear]
+    samples: dict[str, LayerSample] = {}
+    for wave in waves(works, cost=_cost, world_size=ranks.get_world_size()):
+        received = _receive_mine(wave)
+        mine = ranks.agree(partial(_init_values, received, None, seed=0, cache=None))
+        del received
+        for work, owner in wave:
+            here = owner == ranks.get_rank()
+            if here and mine is not None and mine.sample is not None:
+                samples[work.path] = mine.sample
+            _hand_out(base, work, owner, mine if here else None, recipe=recipe)
+    return fingerprint(_everywhere(samples))
+
+
+def _everywhere(samples: dict[str, LayerSample]) -> dict[str, LayerSample]:
+    """Return the samples of all ranks. A collective."""
     # As plain numbers, which float64 holds exactly: a tensor takes many times as long to pickle.
     sampled = {path: (shape, values_N.dtype, values_N.tolist()) for path, (shape, values_N) in samples.items()}
     everywhere = ranks.union_over_ranks(sampled)
+    return {
+        path: LayerSample(shape, torch.tensor(values, dtype=dtype))
+        for path, (shape, dtype, values) in everywhere.items()
+    }
+
+
+def _fingerprint(model: Any, adapter_name: str, samples: dict[str, LayerSample]) -> BaseFingerprint | None:
+    """Combine the samples of all ranks; None where some layer was 4-bit before its experts started. A collective."""
+    everywhere = _everywhere(samples)
     items = list(named_experts(model, adapter_name))
     if any(item.path not in everywhere for item in items):
         return None
     paths = [item.path for item in named_experts(model.get_base_model(), adapter_name)]
-    found = [everywhere[item.path] for item in items]
-    in_order = [LayerSample(shape, torch.tensor(values, dtype=dtype)) for shape, dtype, values in found]
-    return fingerprint(dict(zip(paths, in_order, strict=True)))
+    return fingerprint({path: everywhere[item.path] for path, item in zip(paths, items, strict=True)})
 
 
 def _works(model: Any, adapter_name: str, quantization: BaseQuantization | None) -> Iterator[Work]:
@@ -227,8 +264,9 @@ def _init_values(
         return None
     work, weight_OI = received
     if work.item is None:
-        assert weight_OI is not None and work.packing is not None
-        return InitValues([], False, pack(weight_OI, work.packing), None)
+        assert weight_OI is not None
+        bytes_N = None if work.packing is None else pack(weight_OI, work.packing)
+        return InitValues([], False, bytes_N, sample_layer(weight_OI))
     experts = work.item.experts
     directions, from_cache = None, False
     if known is None and weight_OI is not None and experts.config.init.decomposes:
@@ -261,12 +299,13 @@ def _init_values(
 
 
 def _hand_out(
-    model: Any,
+    base: Any,
     work: Work,
     owner: int,
     mine: InitValues | None,
-    adapter_name: str,
+    *,
     recipe: Recipe | None,
+    adapter_name: str = ADAPTER_NAME,
 ) -> None:
     """Send every rank its shards of what one rank has made. A collective."""
     if work.item is not None:
@@ -279,7 +318,7 @@ def _hand_out(
     assert recipe is not None
     layer = quantize.to_bytes_on_all(work.base, mine.bytes_N if mine else None, owner=owner, recipe=recipe)
     if work.item is None:
-        model.get_base_model().set_submodule(work.path, layer)
+        base.set_submodule(work.path, layer)
     else:
         work.item.layer.base_layer = layer
         work.item.experts.folded = folds
@@ -318,7 +357,7 @@ def directions_of(weight_OI: Tensor, experts: GoatExperts, *, cache: Path | None
     indices_ED = experts.indices()
     if cache is None:
         return _in_fp32(experts.directions_in(weight_OI)), False
-    entry = cache / f"{_key(weight_OI, indices_ED)}.safetensors"
+    entry = cache / f"{_key(weight_OI, indices_ED, experts.config.init)}.safetensors"
     shapes = [(weight_OI.shape[0], indices_ED.numel()), (indices_ED.numel(),), (indices_ED.numel(), weight_OI.shape[1])]
     known = _read(entry, shapes)
     if known is not None:
@@ -333,10 +372,12 @@ def _in_fp32(directions: Directions) -> Directions:
     return Directions(*(tensor.to(torch.float32).contiguous() for tensor in directions))
 
 
-def _key(weight_OI: Tensor, indices_ED: Tensor) -> str:
+def _key(weight_OI: Tensor, indices_ED: Tensor, init: Init) -> str:
     """Name a decomposition by its content. Scale and rho are not part of it: they are applied afterwards."""
     digest = hashlib.sha256()
-    about = [CACHE_VERSION, list(weight_OI.shape), str(weight_OI.dtype), indices_ED.tolist()]
+    # All but one start take some of the same singular directions.
+    by = ["qr"] if init is Init.OLORA else []
+    about = [CACHE_VERSION, list(weight_OI.shape), str(weight_OI.dtype), indices_ED.tolist(), *by]
     digest.update(json.dumps(about).encode())
     digest.update(weight_OI.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -35,6 +35,7 @@ from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
 from goat_ds.zero import partition
+from goat_ds.zero.adapters import Rates
 from goat_ds.zero.optimizer_state import TensorState, read_state, write_state
 
 TOKENS_WANTED = 8
@@ -94,6 +95,7 @@ def finish_densely(
     counts: Callable[[], bool],
     engine_config: dict[str, Any],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+    rates: Rates | None = None,
 ) -> Finish:
     """Make the experts of an engine dense, and return a new engine that trains them on. A collective.
 
@@ -103,6 +105,7 @@ def finish_densely(
         counts: Whether the tokens that ``run`` now sends through the layers count; those of a filler do not.
         engine_config: The filled DeepSpeed config.
         schedule: As ``build_engine`` takes it.
+        rates: The same.
     """
     began = time.monotonic()
     model, num_steps = engines.peft_model(engine), engine.lr_scheduler.last_epoch
@@ -115,7 +118,8 @@ def finish_densely(
     gc.collect()
     train_in_units_of_a(model)
     config = engines.without_monitors(engine_config)
-    engine = engines.build_engine(model, engine_config=config, schedule=schedule)
+    left = rates and rates._replace(router=None)
+    engine = engines.build_engine(model, engine_config=config, schedule=schedule, rates=left)
     engines.resume_schedule(engine, num_steps)
     for path, experts in layers.items():
         dense, owner = kept.mine.get(path), kept.owners[path]

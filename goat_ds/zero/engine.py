@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -23,7 +23,8 @@ from goat_ds.tuner.base_quantization import BaseQuantization
 from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.tuner.quantized import QuantizedLinear, check_backend
-from goat_ds.zero import ds_config, partition, quantize, recompute
+from goat_ds.zero import adapters, ds_config, partition, quantize, recompute
+from goat_ds.zero.adapters import Rates
 
 
 class Attention(StrEnum):
@@ -83,17 +84,20 @@ def choose_attention(wanted: Attention, *, precision: Precision) -> Attention:
     return wanted
 
 
-def four_bit_problems(base: Base, *, quantization: BaseQuantization | None, residual: Residual) -> Iterator[str]:
+def four_bit_problems(
+    base: Base, *, quantization: BaseQuantization | None, adapter: PeftConfig | None
+) -> Iterator[str]:
     """Yield why a 4-bit base cannot be made or taken over here, one line each.
 
     Args:
         base: What it is.
         quantization: What was asked for; None: nothing.
-        residual: The adapter's.
+        adapter: What is trained; None: every weight.
     """
+    folds = isinstance(adapter, GoatConfig) and adapter.residual is Residual.FOLD
     if base.is_4bit and quantization is not None:
         yield f"load_in_4bit: model ({base.name}) is quantised already; leave load_in_4bit out"
-    if base.is_4bit and residual is Residual.FOLD:
+    if base.is_4bit and folds:
         yield (
             f"residual (fold) cannot be subtracted from model ({base.name}), which is 4-bit already; use residual "
             "lowrank"
@@ -105,11 +109,13 @@ def four_bit_problems(base: Base, *, quantization: BaseQuantization | None, resi
             yield from error.problems
 
 
-def rehearse(base: Base, goat: GoatConfig, *, quantization: BaseQuantization | None) -> dict[str, tuple[int, ...]]:
+def rehearse(
+    base: Base, adapter: PeftConfig | None, *, quantization: BaseQuantization | None
+) -> dict[str, tuple[int, ...]]:
     """Put the adapter on a model without weights, to see whether it fits, and whether the model can become 4-bit.
 
     Returns:
-        The shapes of the adapter's tensors, by their names in its file.
+        The shapes of the adapter's tensors, by their names in its file; of the model's own without an adapter.
 
     Raises:
         ConfigError: transformers cannot build the model, no layer matches, layers are too small or have a size that
@@ -119,9 +125,14 @@ def rehearse(base: Base, goat: GoatConfig, *, quantization: BaseQuantization | N
     unfit = [] if quantization is None else list(quantize.misfits(skeleton, quantization))
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        fitted = get_peft_model(skeleton, _deferred(goat), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
-        for item in named_experts(fitted, ADAPTER_NAME):
-            shapes |= {f"{item.path}.goat_{name}": tuple(p.shape) for name, p in item.experts.named_parameters()}
+        if adapter is None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in adapters.stored_tensors(skeleton)}
+        elif isinstance(adapter, GoatConfig):
+            fitted = get_peft_model(skeleton, _deferred(adapter), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+            for item in named_experts(fitted, ADAPTER_NAME):
+                shapes |= {f"{item.path}.goat_{name}": tuple(p.shape) for name, p in item.experts.named_parameters()}
+        else:
+            shapes = adapters.rehearse(skeleton, adapter)
     except ConfigError as error:
         unfit.extend(error.problems)
     raise_if_any(unfit)
@@ -189,27 +200,35 @@ def _deferred(goat: GoatConfig) -> GoatConfig:
     return GoatConfig(**{**goat.to_dict(), "deferred": True})
 
 
-def enable_checkpointing(model: PeftModel, kind: Checkpointing) -> None:
+def enable_checkpointing(model: nn.Module, kind: Checkpointing) -> None:
     """Recompute activations in backward."""
     if kind is Checkpointing.NONE:
         return
-    base: Any = model.get_base_model()
+    base = adapters.base_of(model)
     base.activation_checkpointing_enable({"use_reentrant": kind is Checkpointing.REENTRANT})
     # The embedding is frozen: without this nothing inside a reentrant checkpoint would need a gradient.
     base.enable_input_require_grads()
 
 
 def build_engine(
-    model: PeftModel,
+    model: nn.Module,
     *,
     engine_config: dict[str, Any],
+    rates: Rates | None = None,
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ) -> deepspeed.DeepSpeedEngine:
-    """Build the DeepSpeed engine of a model: one parameter group with everything that trains. A collective."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Build the DeepSpeed engine of a model. A collective.
+
+    Args:
+        model: With or without an adapter.
+        engine_config: The filled DeepSpeed config.
+        schedule: Makes the learning-rate schedule of an optimizer.
+        rates: The peak rates of the parts of what is trained; None: one for all, as the config has it.
+    """
+    trained: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=trained,
+        model_parameters=trained if rates is None else adapters.parameter_groups(model, rates),
         # DeepSpeed keeps it and may change it, and the engine of a dense finish needs it as it is.
         config=copy.deepcopy(engine_config),
         lr_scheduler=schedule,

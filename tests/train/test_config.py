@@ -156,7 +156,7 @@ def test_the_demo_brings_settings_of_its_own_and_any_flag_wins(tmp_path: Path) -
 
 
 def goat_of(*arguments: str) -> tuple[Any, Any]:
-    goat = parse(["--ds_config", "zero3.json", *arguments]).goat()
+    goat = parse(["--ds_config", "zero3.json", *arguments]).adapter()
     return goat.target_modules, goat.exclude_modules
 
 

@@ -112,7 +112,7 @@ def test_two_ranks_give_the_losses_of_one_process(name: str, folders: dict[str, 
 def test_the_first_step_is_that_of_plain_torch_on_the_whole_global_batch(folders: dict[str, Path]) -> None:
     config = parse(flags_of(folders["1 zero3, accumulated"], ON_ONE_RANK["zero3, accumulated"]))
     base = AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32)
-    model: Any = get_peft_model(base, dataclasses.replace(config.goat(), deferred=True)).train()
+    model: Any = get_peft_model(base, dataclasses.replace(config.adapter(), deferred=True)).train()
     start_as_the_run_did(model, config, lambda path: base.get_submodule(path).base_layer.weight.detach())
     step = first_step(model, config)
     first = metrics_of(folders["1 zero3, accumulated"])[0]

@@ -169,7 +169,7 @@ def test_the_first_step_is_that_of_bitsandbytes_layers_in_plain_torch(trained: P
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     base = AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32, quantization_config=quantization)
-    model: Any = get_peft_model(base, dataclasses.replace(config.goat(), deferred=True)).train()
+    model: Any = get_peft_model(base, dataclasses.replace(config.adapter(), deferred=True)).train()
     plain = AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32)
     # The experts of the run started from the unquantised weights.
     start_as_the_run_did(model, config, lambda path: plain.get_submodule(path).weight.detach())

@@ -1,0 +1,238 @@
+"""What is trained on a base: GOAT experts, an adapter of another PEFT method, or, without one, every weight.
+
+The engine, checkpoints and the optimizer see all of them through the functions of this file.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from torch import Tensor, nn
+
+from goat_ds.errors import ConfigError, first_line, raise_if_any
+from goat_ds.tuner.config import GoatConfig
+from goat_ds.tuner.model import ADAPTER_NAME, GoatModel
+from goat_ds.zero.decompose import seed_of
+
+NEEDS_MORE: Mapping[str, str] = {
+    "ADALORA": "a call of its own after every step",
+    "POLY": "the number of every record's task",
+    "XLORA": "adapters that were trained before",
+}
+"""PEFT's methods that a loop over text alone cannot train, and what they need."""
+STARTS_ON_DATA = ("eva", "corda", "lora_ga")
+"""LoRA's starts that look at data first."""
+STARTS_IN_THE_BASE = {"pissa": "--method pissa", "olora": "--method olora", "loftq": "--load_in_4bit"}
+"""LoRA's starts that change the base's weights, and what to use instead."""
+
+
+class Rates(NamedTuple):
+    """Peak learning rates: of everything, of the factors B as a multiple of it, and of routers (None: the same)."""
+
+    learning_rate: float
+    ratio_B: float = 1.0
+    router: float | None = None
+
+
+def problems(adapter: PeftConfig | None, *, stage: int, is_4bit: bool) -> Iterator[str]:
+    """Yield why a method cannot be trained here, one line each.
+
+    Args:
+        adapter: Its config; None: every weight is trained.
+        stage: ZeRO's.
+        is_4bit: Whether the base is, or becomes, 4-bit.
+    """
+    if isinstance(adapter, GoatConfig):
+        return
+    if adapter is None:
+        if is_4bit:
+            yield "method (full) trains every weight, and 4-bit weights cannot be trained; leave load_in_4bit out"
+        return
+    name = _type_of(adapter)
+    if adapter.is_prompt_learning or name == "ADAPTION_PROMPT":
+        yield f"peft_type ({name}) puts tokens before every text, for which packs have no place; use another method"
+    if name in NEEDS_MORE:
+        yield f"peft_type ({name}) needs {NEEDS_MORE[name]}, which this trainer has not; use another method"
+    if isinstance(adapter, LoraConfig):
+        yield from _lora_problems(adapter)
+    is_plain_lora = isinstance(adapter, LoraConfig) and not adapter.use_dora
+    if stage == 3 and not is_plain_lora:
+        yield (
+            f"{_named(adapter)} may read weights of the base that ZeRO-3 has sharded; use ds_configs/zero2.json, or "
+            "method lora, rslora or lora_plus"
+        )
+    if is_4bit and not is_plain_lora:
+        yield (
+            f"{_named(adapter)} may read weights of the base, which are 4-bit here; use an unquantised base, or method "
+            "lora, rslora or lora_plus"
+        )
+
+
+def _named(adapter: PeftConfig) -> str:
+    is_dora = isinstance(adapter, LoraConfig) and adapter.use_dora
+    return "method (dora)" if is_dora else f"peft_type ({_type_of(adapter)})"
+
+
+def _type_of(adapter: PeftConfig) -> str:
+    return str(getattr(adapter.peft_type, "value", adapter.peft_type))
+
+
+def _lora_problems(adapter: LoraConfig) -> Iterator[str]:
+    start = str(adapter.init_lora_weights).partition("_niter")[0]
+    if start in STARTS_ON_DATA:
+        yield f"init_lora_weights ({start}) looks at data before training, which this trainer has no call for; use true"
+    if start in STARTS_IN_THE_BASE:
+        yield (
+            f"init_lora_weights ({start}) changes the base's weights, so that no checkpoint could be read without "
+            f"changing them once more; use {STARTS_IN_THE_BASE[start]}"
+        )
+
+
+def config_from(values: Mapping[str, Any]) -> PeftConfig:
+    """Return the config of a PEFT method from what ``adapter_config.json`` holds.
+
+    Raises:
+        ConfigError: it names no method, or settings that the method does not have, or wrong ones.
+    """
+    kinds: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+    kind = kinds.get(values.get("peft_type"))
+    if kind is None:
+        known = ", ".join(sorted(str(getattr(name, "value", name)) for name in kinds))
+        raise ConfigError(f"peft_config: peft_type ({values.get('peft_type')}) must be one of {known}")
+    known_fields = set(kind.__dataclass_fields__)
+    raise_if_any(f"peft_config: {name} is no setting of {values['peft_type']}" for name in values.keys() - known_fields)
+    settings = {name: value for name, value in values.items() if name != "peft_type"}
+    try:
+        # What a saved adapter says of its own use and origin is not this run's.
+        adapter = kind(
+            **settings | {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None}
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"peft_config: {first_line(error)}") from error
+    if getattr(adapter, "target_modules", "") is None:
+        adapter.target_modules = "all-linear"
+    assert isinstance(adapter, PeftConfig)
+    return adapter
+
+
+def rehearse(skeleton: nn.Module, adapter: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Put an adapter of another method than GOAT on a model without weights, to see whether it fits.
+
+    Returns:
+        The shapes of the adapter's tensors, by their names in its file.
+
+    Raises:
+        ConfigError: no layer matches, or PEFT refuses the settings.
+    """
+    fitted = _fit(skeleton, adapter, low_cpu_mem_usage=True)
+    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(fitted).items()}
+
+
+def attach(model: Any, adapter: PeftConfig, *, dtype: torch.dtype, seed: int) -> PeftModel:
+    """Put an adapter of another method than GOAT on the base; every rank draws the same values.
+
+    Args:
+        model: The base, sharded or not; if it becomes 4-bit, it is so already.
+        adapter: The method's config.
+        dtype: Of what is trained.
+        seed: Of what is drawn.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "adapter"))
+        fitted = _fit(model, adapter)
+    for parameter in fitted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return fitted
+
+
+def _fit(model: Any, adapter: PeftConfig, **how: Any) -> PeftModel:
+    try:
+        fitted = get_peft_model(
+            model, copy.deepcopy(adapter), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, **how
+        )
+    except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"{_named(adapter)}: {first_line(error)}") from error
+    assert isinstance(fitted, PeftModel)
+    return fitted
+
+
+def base_of(model: Any) -> Any:
+    """Return the base of a model that may have an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def goat_of(model: nn.Module) -> GoatModel | None:
+    """Return the GOAT tuner of a model; None where another method is trained."""
+    tuner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, GoatModel) else None
+
+
+def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what is trained, by its name in the adapter's file; in the model, where there is no adapter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield _name_in_file(model, name), parameter
+
+
+def _name_in_file(model: nn.Module, name: str) -> str:
+    if not isinstance(model, PeftModel):
+        return name
+    tuner: Any = model.base_model
+    return str(tuner._remove_adapter_name_from_key(name, ADAPTER_NAME))
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers that a checkpoint's model or adapter folder is made of, by name in the model.
+
+    PEFT then chooses among those of an adapter. What several names share comes once, by its first.
+    """
+    prefix = getattr(model.base_model, "prefix", "") if isinstance(model, PeftModel) else ""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        is_stored = tensor.requires_grad or not prefix or prefix in name
+        if is_stored and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """Return what is trained in groups of one learning rate each, those of ``learning_rate`` itself first.
+
+    Raises:
+        ConfigError: a rate is asked for that nothing has.
+    """
+    by_rate: dict[float, list[nn.Parameter]] = {rates.learning_rate: []}
+    found = set()
+    for name, parameter in trained_tensors(model):
+        part = _part_of(name)
+        found.add(part)
+        rate = rates.learning_rate
+        if part == "B":
+            rate *= rates.ratio_B
+        elif part == "router" and rates.router is not None:
+            rate = rates.router
+        by_rate.setdefault(rate, []).append(parameter)
+    if rates.ratio_B != 1.0 and "B" not in found:
+        raise ConfigError(f"lr_ratio_B ({rates.ratio_B}) has no effect: the method has no factor B; leave it out")
+    if rates.router is not None and "router" not in found:
+        raise ConfigError(f"router_lr ({rates.router}) has no effect: the method has no router; leave it out")
+    # DeepSpeed has no place for an empty group.
+    return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items() if parameters]
+
+
+def _part_of(name: str) -> str:
+    """Return which part of an adapter a tensor is, by its name in the adapter's file: B, router, or the rest."""
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    if leaf in ("goat_B", "lora_B", "lora_embedding_B"):
+        return "B"
+    return "router" if leaf.startswith(("goat_router", "goat_threshold")) else "rest"

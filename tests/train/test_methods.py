@@ -1,0 +1,272 @@
+"""Every rival trains in the same loop as it does by its own library: sharded, resumed and read again."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, HiraConfig, LilyConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goat_ds import demo
+from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset, prepare
+from goat_ds.errors import ConfigError
+from goat_ds.train.cli import parse
+from goat_ds.train.methods import Method
+from goat_ds.zero.adapters import config_from
+from goat_ds.zero.decompose import seed_of
+from tests.launching import FEW_HELDOUT, losses_of, metrics_of, run_many
+
+NUM_STEPS, MIDDLE, SEED, RATE, R, ALPHA = 6, 3, 3, 2e-3, 8, 16.0
+COMMON = {
+    "precision": "fp32",
+    "eval_data": str(FEW_HELDOUT),
+    "max_steps": str(NUM_STEPS),
+    "save_steps": str(MIDDLE),
+    "max_length": "64",
+    "learning_rate": str(RATE),
+    "lr_scheduler": "constant",
+    "warmup_steps": "0",
+    "seed": str(SEED),
+}
+OF_LORA = {"r": str(R), "lora_alpha": str(ALPHA)}
+ZERO2, ZERO3 = {"ds_config": "ds_configs/zero2.json"}, {"ds_config": "ds_configs/zero3.json"}
+SHARDED = ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
+RUNS: dict[str, dict[str, str]] = {
+    **{
+        name: OF_LORA | {"method": name} | ZERO3 for name in ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
+    },
+    "dora": OF_LORA | {"method": "dora"} | ZERO2,
+    "full": {"method": "full"} | ZERO3,
+    "full, zero1": {"method": "full", "ds_config": "ds_configs/zero1.json"},
+    "hira": {"peft_config": "hira.json"} | ZERO2,
+    "lily": {"peft_config": "lily.json"} | ZERO2,
+}
+PEFT_CONFIGS = {
+    "hira": {"peft_type": "HIRA", "r": R, "target_modules": ["q_proj", "up_proj"]},
+    "lily": {"peft_type": "LILY", "r": R, "target_modules": ["q_proj", "up_proj"]},
+}
+
+
+def lora(**more: Any) -> LoraConfig:
+    return LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+
+
+def fitted(base: Any, config: Any) -> Any:
+    torch.manual_seed(seed_of(SEED, "adapter"))
+    return get_peft_model(base, config)
+
+
+def with_trailing_directions(base: Any, _: Any) -> Any:
+    """MiLoRA by its formula: the trailing r directions are trained and taken off the base."""
+    model = fitted(base, lora())
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            weight = module.base_layer.weight
+            u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+            root, scale = (s[-R:] * R / ALPHA).sqrt(), ALPHA / R
+            a, b = root[:, None] * vh[-R:], u[:, -R:] * root
+            module.lora_A["default"].weight.data = a.float()
+            module.lora_B["default"].weight.data = b.float()
+            weight.data -= (scale * b @ a).float()
+    return model
+
+
+PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
+    "lora": (fitted, lora()),
+    "rslora": (fitted, lora(use_rslora=True)),
+    "dora": (fitted, lora(use_dora=True)),
+    "lora_plus": (fitted, lora()),
+    "pissa": (fitted, lora(init_lora_weights="pissa")),
+    "olora": (fitted, lora(init_lora_weights="olora")),
+    "milora": (with_trailing_directions, None),
+    "full": (lambda base, _: base, None),
+    "full, zero1": (lambda base, _: base, None),
+    "hira": (fitted, HiraConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
+    "lily": (fitted, LilyConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
+}
+
+
+def flags_of(folder: Path, name: str, **more: str) -> list[str]:
+    places = {"output_dir": folder, "svd_cache": folder.parent / "svd", "token_cache": folder.parent / "tokens"}
+    flags = COMMON | RUNS[name] | {flag: str(path) for flag, path in places.items()} | more
+    if "peft_config" in flags:
+        flags["peft_config"] = str(folder.parent / flags["peft_config"])
+    return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train every method on two ranks, then once more from the middle; return the folder of each run."""
+    root = tmp_path_factory.mktemp("methods")
+    for name, values in PEFT_CONFIGS.items():
+        (root / f"{name}.json").write_text(json.dumps(values))
+    whole = [flags_of(root / name, name) for name in RUNS]
+    resumed = [
+        flags_of(root / f"{name}, resumed", name, resume=str(root / name / f"checkpoint-{MIDDLE}")) for name in RUNS
+    ]
+    run_many([*whole, *resumed], world_size=2, folder=root / "lists")
+    return {path.name: path for path in root.iterdir() if path.is_dir()}
+
+
+def global_batches(folder: Path) -> Iterator[StepBatch]:
+    """Yield what the run of a folder was trained on, as one process sees it."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
+    tokens = prepare([str(demo.train_data())], tokenizer, max_length=64, cache_dir=folder.parent / "tokens")
+    packed = pack_dataset(tokens.dataset, max_length=64, packing=True)
+    plan = BatchPlan(
+        packs=packed.packs,
+        num_labels=packed.num_labels,
+        micro_batch_size=1,
+        global_batch_size=2,
+        world_size=1,
+        seed=SEED,
+    )
+    for _, batch in batches(tokens.dataset, plan, world_rank=0).from_step(0, until=NUM_STEPS):
+        yield batch
+
+
+def summed_loss(model: Any, row: Any) -> Tensor:
+    logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0]
+    return nn.functional.cross_entropy(logits, row.labels[0], ignore_index=-100, reduction="sum")
+
+
+def plain_losses(name: str, folder: Path) -> list[float]:
+    """Train as PEFT's users do, with torch's optimizer and nothing of ours but the batches."""
+    make, config = PLAIN[name]
+    model = make(AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32), config).train()
+    by_name = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    is_faster = [name == "lora_plus" and "lora_B" in key for key in by_name]
+    groups = [
+        {"params": [p for p, faster in zip(by_name.values(), is_faster, strict=True) if faster is of_b], "lr": rate}
+        for of_b, rate in ((False, RATE), (True, 16 * RATE))
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    losses = []
+    for batch in global_batches(folder):
+        loss = 0.0
+        for row in batch.micro_batches:
+            part = summed_loss(model, row) / batch.num_label_tokens
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(by_name.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_sharded_ranks_train_as_the_method_is_trained_without_us(name: str, folders: dict[str, Path]) -> None:
+    losses = losses_of(folders[name])
+    assert losses == pytest.approx(plain_losses(name, folders[name]), abs=2e-4)
+    assert len(losses) == NUM_STEPS and len(set(losses)) == NUM_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, folders: dict[str, Path]) -> None:
+    whole, resumed = (losses_of(folders[run]) for run in (name, f"{name}, resumed"))
+    assert resumed == whole[MIDDLE:]
+    evals = [
+        [line["eval_loss"] for line in metrics_of(folders[run]) if "eval_loss" in line]
+        for run in (name, f"{name}, resumed")
+    ]
+    assert evals[0] == evals[1]
+
+
+def reloaded(name: str, checkpoint: Path) -> Any:
+    if name.startswith("full"):
+        return AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
+    return AutoPeftModelForCausalLM.from_pretrained(checkpoint / "adapter", dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_what_was_saved_is_read_by_its_own_library_and_is_what_was_trained(name: str, folders: dict[str, Path]) -> None:
+    model = reloaded(name, folders[name] / f"checkpoint-{NUM_STEPS}").eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
+    tokens = prepare([str(FEW_HELDOUT)], tokenizer, max_length=64, cache_dir=folders[name].parent / "tokens")
+    plan = BatchPlan(
+        packs=pack_dataset(tokens.dataset, max_length=64, packing=True).packs,
+        num_labels=pack_dataset(tokens.dataset, max_length=64, packing=True).num_labels,
+        micro_batch_size=1,
+        global_batch_size=1,
+        world_size=1,
+        seed=0,
+    )
+    steps = [batch for _, batch in batches(tokens.dataset, plan, world_rank=0).from_step(0, until=plan.steps_per_epoch)]
+    loss_sum = sum(summed_loss(model, row).item() for batch in steps for row in batch.micro_batches)
+    (found,) = [line["eval_loss"] for line in metrics_of(folders[name]) if "eval_loss" in line]
+    assert loss_sum / sum(batch.num_label_tokens for batch in steps) == pytest.approx(found, abs=1e-5)
+
+
+def problems_of(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(["--ds_config", "zero3", *arguments])
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "lora", "--num_experts", "4"), r"num_experts (4) has no effect with method lora"),
+        (("--method", "lora", "--init", "pissa"), r"init (pissa) has no effect with method lora"),
+        (("--method", "pissa", "--init", "zero"), r"init (zero) is pissa in method pissa"),
+        (("--method", "molora", "--top_k", "2"), r"top_k (2) has no effect with method molora"),
+        (("--method", "full", "--r", "4"), r"r (4) has no effect with method full"),
+        (("--method", "full", "--lr_ratio_B", "4"), r"lr_ratio_B (4.0) has no effect with method full"),
+        (("--method", "lora", "--router_lr", "1e-3"), r"router_lr (0.001) has no effect where nothing is routed"),
+        (("--method", "lora", "--dense_finish", "0.5"), r"dense_finish (0.5) has no effect where nothing is routed"),
+        (("--peft_config", "x.json", "--r", "4"), r"r (4) has no effect beside peft_config (x.json)"),
+        (("--peft_config", "x.json", "--method", "lora"), r"method (lora) has no effect beside peft_config (x.json)"),
+    ],
+)
+def test_flags_that_a_method_does_not_read_are_refused(arguments: tuple[str, ...], words: str) -> None:
+    assert any(problem.startswith(words) for problem in problems_of(*arguments))
+
+
+def test_every_method_has_a_config_of_its_own() -> None:
+    found = {}
+    for method in Method:
+        adapter = parse(["--ds_config", "zero3", "--method", str(method)]).adapter()
+        found[method] = "full" if adapter is None else json.dumps(adapter.to_dict(), default=sorted)
+    # LoRA+ differs in its rates alone.
+    assert found.pop(Method.LORA_PLUS) == found[Method.LORA]
+    assert len(set(found.values())) == len(found)
+    assert parse(["--ds_config", "zero3", "--method", "lora_plus"]).rates.ratio_B == 16
+    assert parse(["--ds_config", "zero3", "--method", "lora"]).rates.ratio_B == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"peft_type": "LORRA"}, r"peft_type \(LORRA\) must be one of .*LORA"),
+        ({}, r"peft_type \(None\) must be one of"),
+        ({"peft_type": "LORA", "rank": 3}, r"rank is no setting of LORA"),
+        ({"peft_type": "LORA", "init_lora_weights": "magic"}, r"init_lora_weights|Unknown initialization"),
+    ],
+)
+def test_a_peft_config_with_a_mistake_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_from(values)
+
+
+def test_rates_reach_the_parts_they_are_named_for(tmp_path: Path) -> None:
+    from goat_ds.zero.adapters import Rates, parameter_groups
+
+    base = AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32)
+    model: Any = get_peft_model(base, parse(["--ds_config", "zero3"]).adapter())
+    groups = parameter_groups(model, Rates(1e-3, 4.0, 5e-4))
+    assert [group["lr"] for group in groups] == pytest.approx([1e-3, 4e-3, 5e-4])
+    found = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected = {"B": 4e-3, "router": 5e-4, "A": 1e-3}[name.rpartition(".")[2]]
+            assert math.isclose(found[id(parameter)], expected), name
