@@ -61,6 +61,24 @@ def gates_of_token(logits: list[Tensor], top_k: int) -> tuple[list[Tensor], list
     return gates, probs, kept
 
 
+def gates_up_to_p(probs: list[Tensor], top_p: float) -> list[Tensor]:
+    """One token's gates: of the most probable experts, as few as reach p together."""
+    kept: list[int] = []
+    for e in sorted(range(len(probs)), key=lambda e: -float(probs[e].detach())):
+        kept.append(e)
+        if sum(float(probs[i].detach()) for i in kept) >= top_p:
+            break
+    total = sum(probs[e] for e in kept)
+    return [probs[e] / total if e in kept else torch.zeros_like(probs[e]) for e in range(len(probs))]
+
+
+def gates_above(probs: list[Tensor], threshold: Tensor) -> list[Tensor]:
+    """One token's gates: how much every probability exceeds the threshold (AdaMoLE's layer, expert by expert)."""
+    over = [p - threshold if float((p - threshold).detach()) >= 0 else torch.zeros_like(p) for p in probs]
+    total = sum(over)
+    return [value / total for value in over]
+
+
 def layer(
     x: Tensor,
     weight: Tensor,
@@ -73,31 +91,62 @@ def layer(
     scales: list[float],
     top_k: int,
     mask: list[bool] | None = None,
+    routing: str = "top_k",
+    top_p: float = 0.25,
+    threshold: Tensor | None = None,
+    threshold_bias: Tensor | None = None,
+    max_threshold: float = 0.0,
+    shared_experts: int = 0,
+    temperature: float = 1.0,
+    mean_share: float = 1.0,
+    noise: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer, token by token and expert by expert: its output and its balance loss L_b."""
-    num_experts, d = len(scales), len(a) // len(scales)
+    num_experts, d = len(scales), b.shape[1] // len(scales)
+    num_choices = num_experts - shared_experts
+    shares_a = len(a) < b.shape[1]
     real = mask if mask is not None else [True] * len(x)
     outputs = []
-    choices = [0.0] * num_experts
-    prob_sums: list[Tensor] = [torch.zeros((), dtype=torch.float64) for _ in range(num_experts)]
-    for token, is_real in zip(x, real, strict=True):
+    choices = [0.0] * num_choices
+    prob_sums: list[Tensor] = [torch.zeros((), dtype=torch.float64) for _ in range(num_choices)]
+    for t, (token, is_real) in enumerate(zip(x, real, strict=True)):
         y = weight @ token
-        gates: list[Tensor] = [torch.ones((), dtype=torch.float64)]
+        gates: list[Tensor] = [torch.ones((), dtype=torch.float64)] * num_experts
         if router is not None:
-            gates, probs, kept = gates_of_token([router[e] @ token for e in range(num_experts)], top_k)
-            for e in range(num_experts):
+            there = [e for e in range(num_choices) if left_out is None or not bool(left_out[t, e])]
+            logits = {e: router[e] @ token + (0 if noise is None else noise[t, e]) for e in there}
+            found, probs, kept = gates_of_token([logits[e] / temperature for e in there], min(top_k, len(there)))
+            tau = torch.zeros((), dtype=torch.float64)
+            if routing == "top_p":
+                found = gates_up_to_p(probs, top_p)
+                kept = [bool(g > 0) for g in found]
+            if routing == "threshold":
+                tau = max_threshold * torch.sigmoid(threshold[0] @ token + threshold_bias[0])
+                found = gates_above(probs, tau)
+                kept = [bool(p >= tau) for p in probs]
+            chosen = [torch.zeros((), dtype=torch.float64)] * num_choices
+            for place, e in enumerate(there):
+                chosen[e] = found[place]
                 if is_real:
-                    choices[e] += float(kept[e])
-                    prob_sums[e] = prob_sums[e] + probs[e]
+                    choices[e] += float(kept[place])
+                    prob_sums[e] = prob_sums[e] + probs[place]
+            for e in range(num_choices):
+                if is_real:
+                    prob_sums[e] = prob_sums[e] - tau
+            gates = [torch.ones((), dtype=torch.float64)] * shared_experts + chosen
         for e in range(num_experts):
             rows = slice(e * d, (e + 1) * d)
-            y = y + scales[e] * gates[e] * (b[:, rows] @ (a[rows] @ token))
+            y = y + scales[e] * gates[e] * (b[:, rows] @ (a[slice(0, d) if shares_a else rows] @ token))
             if a0 is not None and b0 is not None:
-                y = y - scales[e] / num_experts * (b0[:, rows] @ (a0[rows] @ token))
+                mean = 1.0 if e < shared_experts else 1 / num_choices
+                counts = mean_share * mean + (1 - mean_share) * gates[e]
+                y = y - scales[e] * counts * (b0[:, rows] @ (a0[rows] @ token))
         outputs.append(y)
     num_real = max(sum(real), 1)
+    per_token = 1.0 if routing == "threshold" else sum(choices) / num_real
     balance = torch.zeros((), dtype=torch.float64)
-    for e in range(num_experts):
-        f = num_experts / (top_k * num_real) * choices[e]
+    for e in range(num_choices):
+        f = num_choices / (per_token * num_real) * choices[e] if choices[e] else 0.0
         balance = balance + f * prob_sums[e] / num_real
     return torch.stack(outputs), balance

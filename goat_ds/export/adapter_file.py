@@ -28,6 +28,7 @@ KEY_PREFIX = "base_model.model."
 TENSOR_PREFIX = "goat_"
 ARITHMETIC = (
     "r", "num_experts", "top_k", "init", "scaling", "eta", "lora_alpha", "adaptive_scale", "residual", "routed",
+    "routing", "top_p", "max_threshold", "shared_experts", "temperature", "shared_A",
 )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ class Adapter:
     config: GoatConfig
     """Its settings."""
     layers: dict[str, dict[str, StoredTensor]]
-    """By module path in the base model: ``A``, ``B``, ``A0``, ``B0``, ``router``, ``s``; as the settings ask."""
+    """By module path in the base model: ``A``, ``B``, ``A0``, ``B0``, ``router``, ``s`` …; as the settings ask."""
     whole: dict[str, StoredTensor]
     """Parameters of ``modules_to_save``, by name in the base model; they replace the base's."""
 
@@ -85,7 +86,7 @@ class Adapter:
         )
 
     def fold_into_(self, weight_OI: Tensor, path: str) -> None:
-        """Subtract the residual ``W_res = Σ_e s_e/E B0_e A0_e`` of one layer from its base weight, as training did."""
+        """Subtract the residual ``W_res = Σ_e s_e c_e B0_e A0_e`` of one layer from its base weight, as in training."""
         factors = {name: tensor.read() for name, tensor in self.layers[path].items() if name in ("A0", "B0", "s")}
         add_residual_(
             weight_OI,
@@ -93,6 +94,7 @@ class Adapter:
             scale=self.scale(path),
             scale_E=factors.get("s"),
             num_experts=self.config.num_experts,
+            shared_experts=self.config.shared_experts,
             times=-1,
         )
 
@@ -210,12 +212,14 @@ def _layer_problems(layers: dict[str, dict[str, StoredTensor]], config: GoatConf
 def _expected_shapes(tensors: dict[str, StoredTensor], config: GoatConfig) -> dict[str, tuple[int, ...]]:
     in_features = tensors["A"].shape[-1] if "A" in tensors and tensors["A"].shape else 0
     out_features = tensors["B"].shape[0] if "B" in tensors and tensors["B"].shape else 0
-    a_shape, b_shape = (config.r, in_features), (out_features, config.r)
+    a_shape, b_shape = (config.num_rows_A, in_features), (out_features, config.r)
     shapes: dict[str, tuple[int, ...]] = {"A": a_shape, "B": b_shape}
     if config.init.decomposes:
         shapes |= {"A0": a_shape, "B0": b_shape}
     if config.num_experts > 1 and config.routed:
-        shapes["router"] = (config.num_experts, in_features)
+        shapes["router"] = (config.num_choices, in_features)
+    if config.has_threshold:
+        shapes |= {"threshold": (1, in_features), "threshold_bias": (1,)}
     if config.adaptive_scale:
         shapes["s"] = (config.num_experts,)
     return shapes

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ DENSE = (
     "The routers left before training ended, and the experts, fitted to what they gave on average, were trained on as "
     "one dense adapter: what they add to a layer is the same for every token."
 )
+OPTIONS = (
+    "routing", "top_p", "max_threshold", "shared_experts", "temperature", "expert_dropout", "router_noise", "shared_A",
+    "rho_warmup_steps",
+)  # fmt: skip
+"""Settings that are shown where they are not the default."""
 
 ADAPTER_USE = """\
 A [PEFT](https://github.com/huggingface/peft) adapter; PEFT knows the method once `goat_ds` is imported:
@@ -175,6 +181,8 @@ def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
         yield "lora_alpha", config.lora_alpha
     for name in ("adaptive_scale", "residual", "balance_coef", "dropout"):
         yield name, getattr(config, name)
+    defaults = {field.name: field.default for field in fields(config)}
+    yield from ((name, getattr(config, name)) for name in OPTIONS if getattr(config, name) != defaults[name])
     if adapter.step is not None:
         yield "step", adapter.step
         yield from _metrics(adapter.path.parent.parent / "metrics.jsonl", adapter.step)

@@ -264,7 +264,7 @@ def _fitted(
     reference: Reference | None,
 ) -> _Settled:
     fits = fit_layers(trained, packs)
-    b_of = {path: experts.B.detach().float() for path, experts in trained.experts().items()}
+    b_of = {path: experts.gated_factors().b_OR.detach().float() for path, experts in trained.experts().items()}
     trained.set_dense({path: merge.delta(path, Factors(fit.mean_RI, b_of[path])) for path, fit in fits.items()})
     mean_gates = _compared(trained, reference, "mean gates")
     if fitting.chosen_fit is Fit.LEAST_SQUARES:

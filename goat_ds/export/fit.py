@@ -1,6 +1,7 @@
 """Fit the dense form of every layer of a trained model, from what its tokens do on the way through the model.
 
-Shape letters: O out features, I in features, R total rank.
+Shape letters: O out features, I in features, R gated ranks: the total rank, or twice that where the residual takes the
+gates.
 """
 
 from collections.abc import Mapping
@@ -83,13 +84,17 @@ def _sum_over_ranks(sums: Mapping[str, FitSums]) -> None:
 
 def _fit(experts: GoatExperts, sums: FitSums, *, owner: int) -> LayerFit:
     """Solve on one rank, and return on all what it found. A collective."""
-    forms = torch.zeros(2, *experts.A.shape, device=experts.A.device)
+    a_RI, b_OR = experts.gated_factors()
+    if experts.s is not None:
+        scale_E = experts.s.to(torch.promote_types(b_OR.dtype, torch.float32))
+        b_OR = b_OR * scale_E.repeat_interleave(len(a_RI) // len(scale_E))
+    forms = torch.zeros(2, *a_RI.shape, device=experts.A.device)
     missed = torch.zeros(2, dtype=torch.float64, device=experts.A.device)
     if owner == ranks.get_rank():
         if not is_finite(sums):
             raise ExportError(f"{experts.name} computes values that are not finite on the calibration tokens")
-        found = fit_dense(experts.A, experts.scaled_B, sums)
-        forms[0], forms[1] = found.a_RI, mean_gates_form(experts.A, sums)
+        found = fit_dense(a_RI, b_OR, sums)
+        forms[0], forms[1] = found.a_RI, mean_gates_form(a_RI, sums)
         missed[0], missed[1] = found.unexplained, found.unexplained_by_mean
     fitted_RI, mean_RI = ranks.send_from(owner, forms)
     return LayerFit(fitted_RI, mean_RI, *ranks.send_from(owner, missed).tolist())

@@ -21,7 +21,7 @@ from goat_ds.export.base_tensors import BaseTensor, base_tensors, trained_ties
 from goat_ds.export.dequantize import MergeBase, initial_is_packed
 from goat_ds.export.stored_base import StoredBase
 from goat_ds.export.tensors import StoredTensor, read_unmapped
-from goat_ds.method.dense_fit import dense_factors, merged
+from goat_ds.method.dense_fit import dense_factors, gated_factors, merged
 from goat_ds.method.spectrum import Factors
 
 DeltaOf = Callable[[str], Factors]
@@ -48,21 +48,32 @@ class Merge(NamedTuple):
         return initial_is_packed(self.adapter, self.merge_base)
 
     def delta(self, path: str, dense: Factors) -> Factors:
-        """Return a layer's ``ΔW`` in fp32 from its ``A'`` and ``B``."""
-        tensors, config = self.adapter.layers[path], self.adapter.config
+        """Return a layer's ``ΔW`` in fp32 from its ``A'`` and ``B``, as ``method.dense_fit.gated_factors`` has them."""
+        config, place = self.adapter.config, dense.a_RI.device
         start = None
-        place = dense.a_RI.device
-        if config.init.decomposes and not self.initial_is_packed:
-            start = Factors(*(tensors[name].read().to(place, torch.float32) for name in ("A0", "B0")))
+        if config.init.decomposes and not self.initial_is_packed and not config.takes_gates:
+            start = self._factors(path, "A0", "B0", place=place)
         scale_R: Tensor | float = self.adapter.scale(path)
         if config.adaptive_scale:
-            scale_R = tensors["s"].read().to(place, torch.float32).repeat_interleave(config.expert_rank)
-        return dense_factors(dense, start, scale_R=scale_R, num_experts=config.num_experts)
+            scale_E = self.adapter.layers[path]["s"].read().to(place, torch.float32)
+            scale_R = scale_E.repeat_interleave(len(dense.a_RI) // config.num_experts)
+        return dense_factors(
+            dense,
+            start,
+            scale_R=scale_R,
+            num_experts=config.num_experts,
+            shared_experts=config.shared_experts,
+        )
 
     def stored_delta(self, path: str) -> Factors:
         """Return the ``ΔW`` of a layer that was trained dense."""
+        config = self.adapter.config
+        start = self._factors(path, "A0", "B0") if config.takes_gates else None
+        return self.delta(path, gated_factors(self._factors(path, "A", "B"), start, num_experts=config.num_experts))
+
+    def _factors(self, path: str, a_name: str, b_name: str, *, place: torch.device | None = None) -> Factors:
         tensors = self.adapter.layers[path]
-        return self.delta(path, Factors(tensors["A"].read().float(), tensors["B"].read().float()))
+        return Factors(*(tensors[name].read().to(place, torch.float32) for name in (a_name, b_name)))
 
 
 def dense_tensors(merge: Merge, delta_of: DeltaOf | None = None) -> dict[str, StoredTensor]:

@@ -114,7 +114,11 @@ def merge_rival(
         )
     # Added in fp32, and rounded once.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        found.name, config=copy.deepcopy(found.config), revision=found.revision, dtype=torch.float32
+        found.name,
+        config=copy.deepcopy(found.config),
+        revision=found.revision,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     stored: torch.dtype = dtype or found.config.dtype or torch.float32
     model: Any = PeftModel.from_pretrained(loaded.to(ranks.device()), str(rival.path)).eval()

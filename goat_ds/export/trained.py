@@ -120,7 +120,8 @@ def load_trained(adapter: Adapter, base: StoredBase, merge_base: MergeBase, *, d
     values = adapter.config.to_dict() | dict.fromkeys(
         ("base_model_name_or_path", "base_quantization", "base_fingerprint", "modules_to_save")
     )
-    config = GoatConfig(**values | {"residual": Residual.FOLD if packed else Residual.LOWRANK})
+    beside = Residual.LOWRANK if adapter.is_folded else adapter.config.residual
+    config = GoatConfig(**values | {"residual": Residual.FOLD if packed else beside})
     whole = base_model(adapter, base, tensors, dtype=dtype)
     with warnings.catch_warnings():
         # An output layer that shares the embedding's weight has its own once it is merged.

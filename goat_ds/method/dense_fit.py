@@ -1,13 +1,15 @@
 """The best dense stand-in for a routed mixture: one ``A'`` for all tokens, by least squares.
 
-    routed   y = W0 x + b + s B (g(x) ∘ A x) - s/E B0 A0 x
-    dense    y = W0 x + b + s B A' x         - s/E B0 A0 x        A' = E[(g ∘ Ax) xᵀ] E[x xᵀ]⁻¹
+    routed   y = W0 x + b + s B (g(x) ∘ A x) - s c B0 A0 x
+    dense    y = W0 x + b + s B A' x         - s c B0 A0 x        A' = E[(g ∘ Ax) xᵀ] E[x xᵀ]⁻¹
 
 ``A'`` is the best linear prediction of the gated activations from the layer's input, and so ``B A' x`` is that of the
-mixture's output, whatever ``B`` is. Its change of the weight, ``ΔW = s B A' - s/E B0 A0``,
-has rank 2 R at most.
+mixture's output, whatever ``B`` is. Its change of the weight, ``ΔW = s B A' - s c B0 A0``, has rank 2 R at most, ``c``
+being the mean gates. Where the residual takes the token's own gates, ``A0`` has a dense form as well: every expert is
+then fitted with ``A_e`` and ``A0_e`` one below the other, and ``B_e`` and ``-B0_e`` beside each other.
 
-Shape letters: T tokens, I in features, O out features, E experts, R total rank, D = R / E.
+Shape letters: T tokens, I in features, O out features, E experts, R gated ranks: the total rank, or twice that where
+the residual takes the gates, S = R, or R and the total rank.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, gated_activations
+from goat_ds.method.scaling import residual_scale
 from goat_ds.method.spectrum import VALUES_AT_ONCE, Factors
 
 RIDGE = 1e-3
@@ -61,6 +64,29 @@ class DenseFit(NamedTuple):
     a_RI: Tensor
     unexplained: float
     unexplained_by_mean: float
+
+
+def gated_factors(trained: Factors, start: Factors | None, *, num_experts: int) -> Factors:
+    """Return ``A [R, I]`` and ``B [O, R]`` that gates stand between, expert by expert: what a fit is made for.
+
+    Args:
+        trained: ``A``, also where all experts share it, and ``B``.
+        start: ``A0`` and ``B0`` where the residual takes the gates, else None.
+        num_experts: E.
+    """
+    a_RI, b_OR = trained
+    a_RI = a_RI.repeat(b_OR.shape[1] // len(a_RI), 1)
+    if start is None:
+        return Factors(a_RI, b_OR)
+    a_ERI, a0_ERI = (a.unflatten(0, (num_experts, -1)) for a in (a_RI, start.a_RI))
+    b_OER, b0_OER = (b.unflatten(1, (num_experts, -1)) for b in (b_OR, start.b_OR))
+    return Factors(torch.cat([a_ERI, a0_ERI], dim=1).flatten(0, 1), torch.cat([b_OER, -b0_OER], dim=2).flatten(1))
+
+
+def parted_forms(a_RI: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the dense forms of ``A`` and of ``A0`` out of that of ``gated_factors``."""
+    first_ERI, second_ERI = a_RI.unflatten(0, (num_experts, -1)).chunk(2, dim=1)
+    return first_ERI.flatten(0, 1), second_ERI.flatten(0, 1)
 
 
 def add_input_sums_(xx_II: Tensor, x_TI: Tensor) -> None:
@@ -137,22 +163,33 @@ def _unexplained(a_RI: Tensor, b_OR: Tensor, sums: FitSums, xx_II: Tensor) -> fl
     return float((weight_RR * left_RR).sum().clamp_min(0)) / whole if whole > 0 else 0.0
 
 
-def dense_factors(dense: Factors, start: Factors | None, *, scale_R: Tensor | float, num_experts: int) -> Factors:
-    """Return ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A = s B A' - s/E B0 A0``; S is R, or 2 R with a start.
+def dense_factors(
+    dense: Factors, start: Factors | None, *, scale_R: Tensor | float, num_experts: int, shared_experts: int = 0
+) -> Factors:
+    """Return ``A [S, I]`` and ``B [O, S]`` of ``ΔW = B A = s B A' - s c B0 A0``.
 
     Every row of ``A`` is as large as its column of ``B``.
 
     Args:
         dense: ``A'`` and ``B``.
-        start: ``A0`` and ``B0`` where their term stands beside the base weight; None where there is none, or where it
-            was folded into the weight.
+        start: ``A0`` and ``B0`` where their term stands beside the base weight and takes mean gates; None where there
+            is none, or where it was folded into the weight.
         scale_R: ``s``, or that of the expert each direction belongs to ``[R]`` (GOAT-s).
         num_experts: E.
+        shared_experts: How many of them are always on.
     """
     a_SI, b_OS = dense.a_RI, dense.b_OR * scale_R
     if start is not None:
         a_SI = torch.cat([a_SI, start.a_RI])
-        b_OS = torch.cat([b_OS, start.b_OR * (-scale_R / num_experts)], dim=1)
+        counts_R = residual_scale(
+            -scale_R,
+            r=len(start.a_RI),
+            num_experts=num_experts,
+            shared_experts=shared_experts,
+            dtype=start.b_OR.dtype,
+            device=start.b_OR.device,
+        )
+        b_OS = torch.cat([b_OS, start.b_OR * counts_R], dim=1)
     return _balanced(Factors(a_SI, b_OS))
 
 

@@ -29,3 +29,26 @@ def dropout_mask(x_TI: Tensor, *, dropout: float, seed: int) -> Tensor:
 
 def _num_dropped(dropout: float) -> int:
     return min(max(round(dropout * STEPS), 1), STEPS - 1)
+
+
+def disturb_router_(logits_TE: Tensor, *, noise: float, expert_dropout: float, seed: int) -> None:
+    """Add noise to a router's logits and leave experts out, in place; the same for the same seed on the same device.
+
+    Every expert of every token is left out with the same probability, but never all of one token's: of those that
+    would be, one by chance stays. What is left out has a logit of minus infinity, so the others share its probability.
+
+    Args:
+        logits_TE: Router logits ``[T, E]``.
+        noise: Standard deviation of the Gaussian noise.
+        expert_dropout: Probability that an expert is left out.
+        seed: Of both.
+    """
+    generator = torch.Generator(logits_TE.device).manual_seed(seed)
+    if noise:
+        logits_TE.add_(torch.empty_like(logits_TE).normal_(std=noise, generator=generator))
+    if expert_dropout:
+        chance_TE = torch.empty_like(logits_TE).uniform_(generator=generator)
+        is_out_TE = chance_TE < expert_dropout
+        # The one of the highest chance is the last to be left out.
+        is_out_TE.scatter_(-1, chance_TE.argmax(dim=-1, keepdim=True), False)
+        logits_TE.masked_fill_(is_out_TE, -torch.inf)

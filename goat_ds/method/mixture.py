@@ -8,8 +8,12 @@ activations and the router's logits only; a dropout mask is drawn again from its
 Reading and writing ``[T, I]`` and ``[T, O]`` once more costs more than the skinny products do, so the mixture is added
 in place: to the base's output where the caller allows it, and to the base's gradient of ``x`` (``together``).
 
-Shape letters: T tokens, I in features, O out features, E experts, R total rank, D = R / E, S = R, or 2 R where the
-start's term stands beside the experts, G = S + E where there is a router, else S.
+A residual that takes the token's own gates stands on both sides as differences, ``g ∘ (B (A - A0) + (B - B0) A0) x``:
+the same function, and exactly nothing at the start, whatever the gates and however products round.
+
+Shape letters: T tokens, I in features, O out features, E experts, N those that a router chooses among (not the shared
+ones), C the columns of its product: N, and one more for a threshold, R total rank, D = R / E, G gated ranks: R, or 2 R
+where the residual takes the gates too, S = G, or 2 R where the start's term stands beside the experts.
 """
 
 from collections.abc import Sequence
@@ -19,17 +23,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goat_ds.method.dropout import dropout_mask, kept_share
+from goat_ds.method.dropout import disturb_router_, dropout_mask, kept_share
 from goat_ds.method.input_gradient import Product, SummedGradient
 from goat_ds.method.routing import (
     BalanceSignal,
     Gates,
     RouterLoad,
+    Routing,
+    balance_gradient,
     logits_gradient,
     real_token_weights,
     router_load,
+    threshold_gates,
+    threshold_gradients,
     top_k_gates,
+    top_p_gates,
 )
+from goat_ds.method.scaling import residual_scale
 
 WIDENED_BYTES = 2**20
 """How much of a half-precision input is copied to fp32 at a time on a CPU: what stays in a core's own cache."""
@@ -40,9 +50,10 @@ LAUNCHED_BYTES = 2**25
 class MixtureFactors(NamedTuple):
     """The tensors of one layer's mixture.
 
-    ``a0_RI`` and ``b0_OR`` are None where there is no low-rank residual, ``router_EI`` is None for one expert and for
-    dense experts, which all count for every token, ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts
-    share ``MixtureSettings.scale``.
+    ``a_RI`` is ``[D, I]`` where all experts share one ``A``. ``a0_RI`` and ``b0_OR`` are None where there is no
+    residual beside the base, ``router_EI`` is None for one expert and for dense experts, which all count for every
+    token, and has no rows for shared experts. ``scale_E`` holds ``s_e`` for GOAT-s and is None where all experts share
+    ``MixtureSettings.scale``; the threshold's weight and bias are None but for ``Routing.THRESHOLD``.
     """
 
     a_RI: Tensor
@@ -51,6 +62,8 @@ class MixtureFactors(NamedTuple):
     b0_OR: Tensor | None = None
     router_EI: Tensor | None = None
     scale_E: Tensor | None = None
+    threshold_1I: Tensor | None = None
+    threshold_bias_1: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +73,44 @@ class MixtureSettings:
     num_experts: int
     """E."""
     top_k: int
-    """Experts a token uses."""
+    """Experts a token uses, with ``Routing.TOP_K``."""
     scale: float
     """s."""
     balance_coef: float
     """Weight of this layer's balance loss; 0 leaves it out of the gradient."""
     dropout: float = 0.0
     """Share of the input that the dropout mask zeroes; what is kept counts ``1 / (1 - dropout)``."""
+    routing: Routing = Routing.TOP_K
+    """How experts are chosen."""
+    top_p: float = 0.25
+    """Probability that the chosen experts reach together, with ``Routing.TOP_P``."""
+    max_threshold: float = 0.0
+    """The highest threshold, with ``Routing.THRESHOLD``."""
+    shared_experts: int = 0
+    """The first so many experts are always on, with a gate of 1."""
+    temperature: float = 1.0
+    """What the router's logits are divided by."""
+    router_noise: float = 0.0
+    """Standard deviation of the noise on the router's logits, where there is a seed for it."""
+    expert_dropout: float = 0.0
+    """Probability that an expert that can be chosen is left out for a token, where there is a seed for it."""
+    mean_share: float = 1.0
+    """Share of the residual that takes the mean gates; the rest takes the token's own."""
+
+    @property
+    def num_choices(self) -> int:
+        """N."""
+        return self.num_experts - self.shared_experts
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every expert is kept for every token, so that no balance can be lost."""
+        return self.routing is Routing.TOP_K and self.top_k == self.num_choices and not self.expert_dropout
+
+    @property
+    def same_number(self) -> int | None:
+        """Experts that every token chooses; None: that number differs from token to token."""
+        return self.top_k if self.routing is Routing.TOP_K and not self.expert_dropout else None
 
 
 class MixtureOutput(NamedTuple):
@@ -77,19 +121,29 @@ class MixtureOutput(NamedTuple):
 
 
 class GatedActivations(NamedTuple):
-    """``g ∘ A x`` without scale ``[T, R]``, in the dtype of ``x``, and the gates ``[T, E]`` in fp32 or better."""
+    """``g ∘ A x`` without scale ``[T, G]``, in the dtype of ``x``, and all experts' gates in fp32 or better ``[T, E]``.
 
-    h_TR: Tensor
+    Where the residual takes the gates, an expert's ``g A0 x`` follows its ``g A x``.
+    """
+
+    h_TG: Tensor
     gates_TE: Tensor
 
 
 def gated_activations(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings) -> GatedActivations:
     """Return what a router lets through of the rank-R activations; has no gradient of its own."""
-    u_TR, _, logits_TE = _activations(x_TI, factors._replace(a0_RI=None), settings, None)
-    assert logits_TE is not None, "a layer without a router is dense already"
-    gates_TE = top_k_gates(logits_TE, top_k=settings.top_k).gates_TE
-    expert_rank = len(factors.a_RI) // settings.num_experts
-    return GatedActivations(u_TR * gates_TE.to(x_TI.dtype).repeat_interleave(expert_rank, dim=1), gates_TE)
+    assert factors.router_EI is not None, "a layer without a router is dense already"
+    alone = factors._replace(a0_RI=None, b0_OR=None)
+    u_TR, _, logits_TC = _activations(x_TI, alone, settings, None, None)
+    gates = _gates(logits_TC, factors, settings)
+    assert gates is not None
+    shared_TE = gates.gates_TE.new_ones(len(x_TI), settings.shared_experts)
+    gates_TE = torch.cat([shared_TE, gates.gates_TE], dim=1)
+    u_TED = _for_every_expert(u_TR, factors).unflatten(1, (settings.num_experts, -1))
+    if factors.a0_RI is not None and _takes_gates(factors, settings):
+        u0_TR = x_TI @ factors.a0_RI.to(x_TI.dtype).T
+        u_TED = torch.cat([u_TED, u0_TR.view_as(u_TED)], dim=2)
+    return GatedActivations((u_TED * gates_TE[..., None].to(x_TI.dtype)).flatten(1), gates_TE)
 
 
 def mixture(
@@ -100,10 +154,14 @@ def mixture(
     *,
     signal: BalanceSignal,
     dropout_seed: int | None = None,
+    router_seed: int | None = None,
     into_base: bool = False,
     summed: SummedGradient | None = None,
 ) -> MixtureOutput:
-    """Return ``base + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e/E B0_e A0_e x``, and what the router did.
+    """Return ``base + Σ_e s_e g_e(x) B_e A_e x - Σ_e s_e c_e B0_e A0_e x``, and what the router did.
+
+    ``c_e`` is the mean gate: 1 for a shared expert, else ``1/N`` (Theorem 3.4). Where ``mean_share`` ``w`` is below 1,
+    ``w c_e + (1 - w) g_e(x)`` takes its place.
 
     Args:
         x: Input ``[..., I]``; factors are cast to its dtype, the router's product is taken in fp32 or better.
@@ -111,12 +169,14 @@ def mixture(
         factors: The layer's tensors.
         settings: The layer's numbers.
         signal: Which tokens are real, and what the balance loss is worth in backward.
-        dropout_seed: Of ``dropout_mask``, through which ``A`` sees ``x``; the router and the residual see all of it.
-            None: no dropout.
+        dropout_seed: Of ``dropout_mask``, through which ``A`` sees ``x``, and ``A0`` where ``mean_share`` is 0; the
+            router sees all of it. None: no dropout.
+        router_seed: Of the router's noise and of the experts that are left out. None: neither.
         into_base: Whether the result may take the place of ``base`` in memory, because nobody else reads it.
         summed: What takes the gradient of ``x``, which is given detached then.
     """
-    y, *load = _Mixture.apply(x, base, dropout_seed, into_base, summed, settings, signal, *factors)
+    seeds = (dropout_seed, router_seed)
+    y, *load = _Mixture.apply(x, base, seeds, into_base, summed, settings, signal, *factors)
     return MixtureOutput(y, RouterLoad(*load) if load else None)
 
 
@@ -128,7 +188,7 @@ class _Mixture(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         base: Tensor,
-        dropout_seed: int | None,
+        seeds: tuple[int | None, int | None],
         into_base: bool,
         summed: SummedGradient | None,
         settings: MixtureSettings,
@@ -137,25 +197,29 @@ class _Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         factors = MixtureFactors(*tensors)  # type: ignore[arg-type]
         x_TI, base_TO = _by_token(x), _by_token(base)
-        u_TR, u0_TR, logits_TE = _activations(x_TI, factors, settings, dropout_seed)
-        gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
-        spread_ER = None if gates is None else _spread(factors, settings, like=gates.gates_TE)
-        h_TS = u_TR * _rank_gates(gates, spread_ER, factors, settings, dtype=x.dtype)
+        u_TG, u0_TR, logits_TC = _activations(x_TI, factors, settings, *seeds)
+        gates = _gates(logits_TC, factors, settings)
+        spread = None if gates is None else _spread(factors, settings, like=gates.gates_TE)
+        rank_gates_TG = _rank_gates(gates, spread, factors, settings, dtype=x.dtype)
+        h_TS = _for_every_expert(u_TG, factors) * rank_gates_TG
         if u0_TR is not None:
-            h_TS = torch.cat([h_TS, u0_TR * _residual_gates(factors, settings, dtype=x.dtype)], dim=1)
-        b_SO = _stacked_b(factors, x.dtype).T
+            residual_gates_TR = _residual_gates(rank_gates_TG, factors, settings, dtype=x.dtype)
+            h_TS = torch.cat([h_TS, u0_TR * residual_gates_TR], dim=1)
+        b_SO = _stacked_b(factors, settings, x.dtype).T
         # Detached, the base is an output of its own that shares memory and version: had anybody kept the base for
         # backward, autograd would refuse to go on.
         y_TO = base_TO.detach().addmm_(h_TS, b_SO) if into_base else torch.addmm(base_TO, h_TS, b_SO)
+        # Only while the residual warms up do gates multiply it beside the experts.
+        kept_u0_TR = u0_TR.contiguous() if u0_TR is not None and settings.mean_share < 1 else None
         # Parameters are saved as they are: a sharded one is empty between forward and backward, and whole in both.
         # Gates and probabilities come of the logits again.
-        ctx.save_for_backward(x, u_TR, logits_TE, *tensors)
-        ctx.dropout_seed, ctx.summed, ctx.settings, ctx.signal = dropout_seed, summed, settings, signal
-        ctx.spread_ER = spread_ER
+        ctx.save_for_backward(x, u_TG, kept_u0_TR, logits_TC, *tensors)
+        ctx.dropout_seed, ctx.summed, ctx.settings, ctx.signal = seeds[0], summed, settings, signal
+        ctx.spread = spread
         if gates is None:
             return (y_TO.view(base.shape),)
         ctx.mask_T = signal.mask_of(len(x_TI))
-        load = router_load(gates, top_k=settings.top_k, mask_T=ctx.mask_T)
+        load = router_load(gates, top_k=settings.same_number, mask_T=ctx.mask_T)
         ctx.share_E = load.share_E
         ctx.mark_non_differentiable(*load)
         return (y_TO.view(base.shape), *load)
@@ -163,50 +227,98 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, u_TR, logits_TE, *tensors = ctx.saved_tensors
+        x, u_TG, u0_TR, logits_TC, *tensors = ctx.saved_tensors
         x_TI, grad_TO = _by_token(x), _by_token(grad)
         factors, settings, summed = MixtureFactors(*tensors), ctx.settings, ctx.summed
-        needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _ = ctx.needs_input_grad
-        gates = None if logits_TE is None else top_k_gates(logits_TE, top_k=settings.top_k)
-        rank_gates_TR = _rank_gates(gates, ctx.spread_ER, factors, settings, dtype=x.dtype)
-        grad_h_TS = grad_TO @ _stacked_b(factors, grad.dtype)
-        grads = _rank_gradients(ctx, grad_h_TS, u_TR, gates, factors, rank_gates_TR)
+        needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _, needs_threshold, _ = ctx.needs_input_grad
+        gates = _gates(logits_TC, factors, settings)
+        u_TG = _for_every_expert(u_TG, factors)
+        rank_gates_TG = _rank_gates(gates, ctx.spread, factors, settings, dtype=x.dtype)
+        grad_h_TS = grad_TO @ _stacked_b(factors, settings, grad.dtype)
+        grads = _rank_gradients(ctx, grad_h_TS, u_TG, u0_TR, gates, factors, rank_gates_TG)
         mask_TI = _mask(x_TI, settings, ctx.dropout_seed)
-        grad_x = grad_a_RI = grad_b_OR = grad_router_EI = None
+        grad_x = grad_b_OR = None
         if needs_x or summed is not None:
-            part = _input_gradient(grads, factors, mask_TI)
+            part = _input_gradient(grads, factors, settings, mask_TI)
             if summed is not None:
                 summed.put(id(ctx), part)
             else:
                 grad_x = (part.left_TG @ part.right_GI if isinstance(part, Product) else part).view(x.shape)
         if needs_b:
-            grad_b_OR = _summed_over_tokens(u_TR * rank_gates_TR, grad_TO).T.to(factors.b_OR.dtype).contiguous()
-        if needs_a or needs_router:
-            grad_a_RI, grad_router_EI = _gradients_by_input(x_TI, grads, mask_TI)
-            grad_a_RI = grad_a_RI.to(factors.a_RI.dtype) if needs_a else None
-            if factors.router_EI is not None and grad_router_EI is not None:
-                grad_router_EI = grad_router_EI.to(factors.router_EI.dtype) if needs_router else None
+            h_TR = _in_total_ranks(u_TG * rank_gates_TG, factors)
+            grad_b_OR = _summed_over_tokens(h_TR, grad_TO).T.to(factors.b_OR.dtype).contiguous()
+        into = _FactorGradients(None, None, None, None)
+        if needs_a or needs_router or needs_threshold:
+            needs = MixtureFactors(needs_a, needs_b, router_EI=needs_router, threshold_1I=needs_threshold)
+            into = _gradients_by_input(x_TI, grads, factors, needs, mask_TI)
         grad_base = grad if needs_base else None
-        return (grad_x, grad_base, *[None] * 5, grad_a_RI, grad_b_OR, None, None, grad_router_EI, None)
+        return (
+            *(grad_x, grad_base, *[None] * 5, into.a_RI, grad_b_OR, None, None, into.router_EI, None),
+            *(into.threshold_1I, into.threshold_bias_1),
+        )
 
 
 class _Activations(NamedTuple):
-    """``A x`` and ``A0 x`` in the dtype of ``x``, and the router's logits in fp32 or better.
+    """What gates multiply, in the dtype of ``x``, what they do not, and the router's logits in fp32 or better.
 
-    The first and the logits are in storage of their own, because they are kept for backward.
+    The first is ``A x`` (``[T, D]`` where all experts share ``A``), or ``(A - A0) x`` and ``A0 x``; the second is
+    ``A0 x``. The first and the logits are in storage of their own, because they are kept for backward.
     """
 
-    u_TR: Tensor
+    u_TG: Tensor
     u0_TR: Tensor | None
-    logits_TE: Tensor | None
+    logits_TC: Tensor | None
 
 
 class _RankGradients(NamedTuple):
-    """The gradients of ``A x``, under dropout of ``A`` times what it sees, of the logits, and of ``A0 x``."""
+    """The gradients of the activations, under dropout of their weights times what these see.
 
-    u_TR: Tensor
-    logits_TE: Tensor | None
+    ``u_TG`` is ``[T, D]`` where all experts share ``A``.
+    """
+
+    u_TG: Tensor
+    logits_TC: Tensor | None
     u0_TR: Tensor | None
+
+
+class _FactorGradients(NamedTuple):
+    """Of those parameters whose products are taken with ``x``."""
+
+    a_RI: Tensor | None
+    router_EI: Tensor | None
+    threshold_1I: Tensor | None
+    threshold_bias_1: Tensor | None
+
+
+class _Spread(NamedTuple):
+    """What turns gates into those of ranks: ``s_e`` for the D ranks of expert e and 0 for those of the others.
+
+    ``shared_G`` are the gates of the shared experts' ranks, 0 for others; None: there are none.
+    """
+
+    spread_NG: Tensor
+    shared_G: Tensor | None
+
+
+def _takes_gates(factors: MixtureFactors, settings: MixtureSettings) -> bool:
+    """Whether the residual takes the token's own gates, and so stands in the differences of both sides."""
+    return factors.a0_RI is not None and settings.mean_share == 0
+
+
+def _expert_rank(factors: MixtureFactors, settings: MixtureSettings) -> int:
+    return factors.b_OR.shape[1] // settings.num_experts
+
+
+def _for_every_expert(u_TG: Tensor, factors: MixtureFactors) -> Tensor:
+    """Return the activations of all experts, where they share one ``A`` ``[T, R]``; else what is given."""
+    r = factors.b_OR.shape[1]
+    return u_TG.repeat(1, r // u_TG.shape[1]) if u_TG.shape[1] < r else u_TG
+
+
+def _in_total_ranks(h_TG: Tensor, factors: MixtureFactors) -> Tensor:
+    """Return what ``B`` multiplies ``[T, R]``: both parts, where the residual takes the gates."""
+    r = factors.b_OR.shape[1]
+    return h_TG if h_TG.shape[1] == r else h_TG[:, :r] + h_TG[:, r:]
 
 
 def _by_token(tensor: Tensor) -> Tensor:
@@ -223,22 +335,85 @@ def _dropped(x_TI: Tensor, mask_TI: Tensor | None) -> Tensor:
 
 
 def _activations(
-    x_TI: Tensor, factors: MixtureFactors, settings: MixtureSettings, dropout_seed: int | None
+    x_TI: Tensor,
+    factors: MixtureFactors,
+    settings: MixtureSettings,
+    dropout_seed: int | None,
+    router_seed: int | None,
 ) -> _Activations:
-    router_EI, is_dropped = factors.router_EI, dropout_seed is not None
-    is_apart = router_EI is not None and not _has_wide_product(x_TI, router_EI)
-    weights = (None if is_dropped else factors.a_RI, factors.a0_RI, None if is_apart else router_EI)
-    u_TR, u0_TR, logits_TE = _products(x_TI, weights, wide=router_EI is not None and not is_apart)
+    router_CI, is_dropped = _stacked_router(factors), dropout_seed is not None
+    is_apart = router_CI is not None and not _has_wide_product(x_TI, router_CI)
+    takes_gates = _takes_gates(factors, settings)
+    a_GI = _gated_a(factors, settings)
+    weights = (None if is_dropped else a_GI, None if takes_gates else factors.a0_RI, None if is_apart else router_CI)
+    u_TG, u0_TR, logits_TC = _products(x_TI, weights, wide=router_CI is not None and not is_apart)
     if is_dropped:
         mask_TI = _mask(x_TI, settings, dropout_seed)
-        u_TR = (_dropped(x_TI, mask_TI) @ factors.a_RI.to(x_TI.dtype).T).div_(kept_share(settings.dropout))
-    if router_EI is not None and is_apart:
-        logits_TE = _widened_logits(x_TI, router_EI)
-    assert u_TR is not None
+        u_TG = (_dropped(x_TI, mask_TI) @ a_GI.to(x_TI.dtype).T).div_(kept_share(settings.dropout))
+    if router_CI is not None and is_apart:
+        logits_TC = _widened_logits(x_TI, router_CI)
+    assert u_TG is not None
     u0_TR = None if u0_TR is None else u0_TR.to(x_TI.dtype)
-    # Tokens lie next to each other in memory, as _softmax wants them.
-    logits_TE = None if logits_TE is None else logits_TE.T.clone(memory_format=torch.contiguous_format).T
-    return _Activations(u_TR.to(x_TI.dtype).contiguous(), u0_TR, logits_TE)
+    if logits_TC is not None:
+        # Tokens lie next to each other in memory, as _softmax wants them.
+        logits_TC = logits_TC.T.clone(memory_format=torch.contiguous_format).T
+        _prepare_logits_(logits_TC, factors, settings, router_seed)
+    return _Activations(u_TG.to(x_TI.dtype).contiguous(), u0_TR, logits_TC)
+
+
+def _gated_a(factors: MixtureFactors, settings: MixtureSettings) -> Tensor:
+    """``A``, or ``A - A0`` and ``A0``, where the residual takes the gates ``[G, I]``."""
+    if not _takes_gates(factors, settings):
+        return factors.a_RI
+    assert factors.a0_RI is not None
+    return torch.cat([factors.a_RI - factors.a0_RI, factors.a0_RI])
+
+
+def _stacked_router(factors: MixtureFactors) -> Tensor | None:
+    """The router, and the threshold's weight below it where there is one ``[C, I]``."""
+    if factors.threshold_1I is None or factors.router_EI is None:
+        return factors.router_EI
+    return torch.cat([factors.router_EI, factors.threshold_1I])
+
+
+def _prepare_logits_(
+    logits_TC: Tensor, factors: MixtureFactors, settings: MixtureSettings, router_seed: int | None
+) -> None:
+    """Turn the router's product into what gates are computed from, in place: backward then needs nothing random."""
+    logits_TN, threshold_logits_T = _parted_logits(logits_TC, factors)
+    if threshold_logits_T is not None and factors.threshold_bias_1 is not None:
+        threshold_logits_T.add_(factors.threshold_bias_1)
+    if settings.temperature != 1:
+        logits_TN.div_(settings.temperature)
+    if router_seed is not None:
+        # Noise stands before the division by the temperature.
+        noise = settings.router_noise / settings.temperature
+        disturb_router_(logits_TN, noise=noise, expert_dropout=settings.expert_dropout, seed=router_seed)
+
+
+def _parted_logits(logits_TC: Tensor, factors: MixtureFactors) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of the experts ``[T, N]``, and that of the threshold ``[T]`` where there is one."""
+    if factors.threshold_1I is None:
+        return logits_TC, None
+    return logits_TC[:, :-1], logits_TC[:, -1]
+
+
+def _gates(logits_TC: Tensor | None, factors: MixtureFactors, settings: MixtureSettings) -> Gates | None:
+    if logits_TC is None:
+        return None
+    logits_TN, threshold_logits_T = _parted_logits(logits_TC, factors)
+    match settings.routing:
+        case Routing.TOP_K:
+            gates = top_k_gates(logits_TN, top_k=settings.top_k)
+        case Routing.TOP_P:
+            gates = top_p_gates(logits_TN, top_p=settings.top_p)
+        case Routing.THRESHOLD:
+            assert threshold_logits_T is not None
+            gates = threshold_gates(logits_TN, threshold_logits_T, max_threshold=settings.max_threshold)
+    if settings.expert_dropout:
+        # Where more experts are left out than top_k leaves, some of those are among the k.
+        gates = gates._replace(kept_TE=gates.kept_TE & (logits_TN > -torch.inf))
+    return gates
 
 
 def _has_wide_product(x_TI: Tensor, router_EI: Tensor) -> bool:
@@ -276,77 +451,115 @@ def _widened_logits(x_TI: Tensor, router_EI: Tensor) -> Tensor:
     return logits_ET.T
 
 
-def _stacked_b(factors: MixtureFactors, dtype: torch.dtype) -> Tensor:
-    """``B``, and ``B0`` beside it where there is one ``[O, S]``."""
-    b_OR = factors.b_OR.to(dtype)
-    return b_OR if factors.b0_OR is None else torch.cat([b_OR, factors.b0_OR.to(dtype)], dim=1)
+def _stacked_b(factors: MixtureFactors, settings: MixtureSettings, dtype: torch.dtype) -> Tensor:
+    """``B``, and ``B0`` beside it where there is one, or ``B - B0`` where the residual takes the gates ``[O, S]``."""
+    b_OR, b0_OR = factors.b_OR, factors.b0_OR
+    if b0_OR is None:
+        return b_OR.to(dtype)
+    second_OR = b_OR - b0_OR if _takes_gates(factors, settings) else b0_OR
+    return torch.cat([b_OR.to(dtype), second_OR.to(dtype)], dim=1)
 
 
-def _spread(factors: MixtureFactors, settings: MixtureSettings, *, like: Tensor) -> Tensor:
-    """``s_e`` for the D rows of expert e, 0 for those of the others ``[E, R]``."""
+def _spread(factors: MixtureFactors, settings: MixtureSettings, *, like: Tensor) -> _Spread:
     scale = settings.scale if factors.scale_E is None else factors.scale_E.to(like.dtype)[:, None]
     experts_EE = torch.eye(settings.num_experts, dtype=like.dtype, device=like.device)
-    return experts_EE.mul_(scale).repeat_interleave(len(factors.a_RI) // settings.num_experts, dim=1)
+    spread_EG = experts_EE.mul_(scale).repeat_interleave(_expert_rank(factors, settings), dim=1)
+    if _takes_gates(factors, settings):
+        spread_EG = spread_EG.repeat(1, 2)
+    if not settings.shared_experts:
+        return _Spread(spread_EG, None)
+    shared_EG, spread_NG = spread_EG.split([settings.shared_experts, settings.num_choices])
+    return _Spread(spread_NG, shared_EG.sum(dim=0))
 
 
 def _rank_gates(
     gates: Gates | None,
-    spread_ER: Tensor | None,
+    spread: _Spread | None,
     factors: MixtureFactors,
     settings: MixtureSettings,
     *,
     dtype: torch.dtype,
 ) -> Tensor | float:
-    """What multiplies the rank-R activations: ``s_e g_e``, repeated over the D rows of expert e ``[T, R]``.
+    """What multiplies the gated activations: ``s_e g_e``, repeated over the D ranks of expert e ``[T, G]``.
 
-    A number or ``[R]`` without a router.
+    A number or ``[G]`` without a router.
     """
-    if gates is not None and spread_ER is not None:
+    if gates is not None and spread is not None:
         # Repeating along the last dimension takes four times as long.
-        return (gates.gates_TE @ spread_ER).to(dtype)
+        if spread.shared_G is None:
+            return (gates.gates_TE @ spread.spread_NG).to(dtype)
+        return torch.addmm(spread.shared_G, gates.gates_TE, spread.spread_NG).to(dtype)
     if factors.scale_E is None:
         return settings.scale
-    return factors.scale_E.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts)
+    scale_R = factors.scale_E.to(dtype).repeat_interleave(_expert_rank(factors, settings))
+    return scale_R.repeat(2) if _takes_gates(factors, settings) else scale_R
 
 
-def _residual_gates(factors: MixtureFactors, settings: MixtureSettings, *, dtype: torch.dtype) -> Tensor | float:
-    """What multiplies the start's activations: ``-s_e/E`` (Theorem 3.4), a number or ``[R]``."""
-    if factors.scale_E is None:
-        return -settings.scale / settings.num_experts
-    scale_R = factors.scale_E.to(dtype).repeat_interleave(len(factors.a_RI) // settings.num_experts)
-    return -scale_R / settings.num_experts
+def _residual_gates(
+    rank_gates_TR: Tensor | float, factors: MixtureFactors, settings: MixtureSettings, *, dtype: torch.dtype
+) -> Tensor | float:
+    """What multiplies the start's activations: ``-s_e c_e``, or less of it and the rest by the gates of the token.
+
+    A number, ``[R]`` or ``[T, R]``.
+    """
+    scale: Tensor | float = settings.scale
+    if factors.scale_E is not None:
+        scale = factors.scale_E.to(dtype).repeat_interleave(_expert_rank(factors, settings))
+    mean = residual_scale(
+        -scale,
+        r=factors.b_OR.shape[1],
+        num_experts=settings.num_experts,
+        shared_experts=settings.shared_experts,
+        dtype=dtype,
+        device=factors.b_OR.device,
+    )
+    share = settings.mean_share
+    return mean if share == 1 else share * mean - (1 - share) * rank_gates_TR
 
 
 def _rank_gradients(
     ctx: Any,
     grad_h_TS: Tensor,
-    u_TR: Tensor,
+    u_TG: Tensor,
+    u0_TR: Tensor | None,
     gates: Gates | None,
     factors: MixtureFactors,
-    rank_gates_TR: Tensor | float,
+    rank_gates_TG: Tensor | float,
 ) -> _RankGradients:
-    settings, r = ctx.settings, u_TR.shape[1]
-    grad_logits_TE = grad_u0_TR = None
-    if grad_h_TS.shape[1] > r:
-        grad_u0_TR = grad_h_TS[:, r:] * _residual_gates(factors, settings, dtype=u_TR.dtype)
+    settings, num_gated = ctx.settings, u_TG.shape[1]
+    grad_logits_TC = grad_u0_TR = None
+    if grad_h_TS.shape[1] > num_gated:
+        residual_gates_TR = _residual_gates(rank_gates_TG, factors, settings, dtype=u_TG.dtype)
+        grad_u0_TR = grad_h_TS[:, num_gated:] * residual_gates_TR
     if gates is not None:
-        grad_gates_TR = (grad_h_TS[:, :r] * u_TR).to(gates.gates_TE.dtype)
-        grad_gates_ET = ctx.spread_ER @ grad_gates_TR.T
-        grad_logits_TE = _logits_gradient(ctx, gates, grad_gates_ET.T).to(u_TR.dtype)
-    grad_u_TR = grad_h_TS[:, :r] * rank_gates_TR
+        grad_gates_TG = grad_h_TS[:, :num_gated] * u_TG
+        if u0_TR is not None:
+            grad_gates_TG -= (1 - settings.mean_share) * grad_h_TS[:, num_gated:] * u0_TR
+        grad_gates_NT = ctx.spread.spread_NG @ grad_gates_TG.to(gates.gates_TE.dtype).T
+        grad_logits_TC = _logits_gradient(ctx, gates, grad_gates_NT.T).to(u_TG.dtype)
+    grad_u_TG = grad_h_TS[:, :num_gated] * rank_gates_TG
     if ctx.dropout_seed is not None:
-        grad_u_TR.div_(kept_share(settings.dropout))
-    return _RankGradients(grad_u_TR, grad_logits_TE, grad_u0_TR)
+        grad_u_TG.div_(kept_share(settings.dropout))
+    if len(factors.a_RI) < factors.b_OR.shape[1]:
+        grad_u_TG = grad_u_TG.unflatten(1, (settings.num_experts, -1)).sum(dim=1)
+    return _RankGradients(grad_u_TG, grad_logits_TC, grad_u0_TR)
 
 
-def _logits_gradient(ctx: Any, gates: Gates, grad_gates_TE: Tensor) -> Tensor:
-    settings, grad_probs_TE = ctx.settings, None
-    if settings.balance_coef:
-        # dL_b/dp_e(t) = f_e / T for a real token: f counts choices, and choices have no gradient.
+def _logits_gradient(ctx: Any, gates: Gates, grad_gates_TN: Tensor) -> Tensor:
+    """Return the gradient of the router's product ``[T, C]``."""
+    settings, grad_balance_TN = ctx.settings, None
+    if settings.balance_coef and not settings.keeps_all:
         weight_T = real_token_weights(gates.probs_TE, ctx.mask_T) * ctx.signal.take_upstream(like=gates.probs_TE)
-        share_E = ctx.share_E * settings.num_experts * settings.balance_coef
-        grad_probs_TE = (share_E[:, None] * weight_T).T
-    return logits_gradient(gates.gates_TE, gates.probs_TE, grad_gates_TE=grad_gates_TE, grad_probs_TE=grad_probs_TE)
+        grad_balance_TN = balance_gradient(gates, ctx.share_E, weight_T * settings.balance_coef)
+    if gates.threshold_T is None:
+        grad_TN = logits_gradient(
+            gates.gates_TE, gates.probs_TE, grad_gates_TE=grad_gates_TN, grad_probs_TE=grad_balance_TN
+        )
+        return grad_TN if settings.temperature == 1 else grad_TN / settings.temperature
+    grad_TN, grad_threshold_T = threshold_gradients(
+        gates, max_threshold=settings.max_threshold, grad_gates_TE=grad_gates_TN, grad_over_TE=grad_balance_TN
+    )
+    return torch.cat([grad_TN / settings.temperature, grad_threshold_T[:, None]], dim=1)
 
 
 def _summed_over_tokens(few_TG: Tensor, many_TI: Tensor) -> Tensor:
@@ -355,21 +568,48 @@ def _summed_over_tokens(few_TG: Tensor, many_TI: Tensor) -> Tensor:
     return few_TG.T.contiguous() @ many_TI
 
 
-def _gradients_by_input(x_TI: Tensor, grads: _RankGradients, mask_TI: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of ``A`` and of the router, one product with ``x`` for both unless dropout parts them."""
-    if grads.logits_TE is None:
-        return _summed_over_tokens(grads.u_TR, _dropped(x_TI, mask_TI)), None
+def _gradients_by_input(
+    x_TI: Tensor, grads: _RankGradients, factors: MixtureFactors, needs: MixtureFactors, mask_TI: Tensor | None
+) -> _FactorGradients:
+    """Return the gradients of ``A`` and of the router, one product with ``x`` for both unless dropout parts them.
+
+    Args:
+        x_TI: The input.
+        grads: Of the activations.
+        factors: The layer's tensors.
+        needs: Whether each of them needs a gradient.
+        mask_TI: Of dropout.
+    """
+    # Beside A stands A0 where the residual takes the gates, and is frozen.
+    grad_u_TR, grad_logits_TC = grads.u_TG[:, : len(factors.a_RI)], grads.logits_TC
+    if grad_logits_TC is None:
+        grad_a_RI = _summed_over_tokens(grad_u_TR, _dropped(x_TI, mask_TI))
+        return _FactorGradients(grad_a_RI.to(factors.a_RI.dtype) if needs.a_RI else None, None, None, None)
     if mask_TI is not None:
-        grad_a_RI = _summed_over_tokens(grads.u_TR, _dropped(x_TI, mask_TI))
-        return grad_a_RI, _summed_over_tokens(grads.logits_TE, x_TI)
-    r = grads.u_TR.shape[1]
-    both = _summed_over_tokens(torch.cat([grads.u_TR, grads.logits_TE], dim=1), x_TI)
-    return both[:r], both[r:]
+        grad_a_RI = _summed_over_tokens(grad_u_TR, _dropped(x_TI, mask_TI))
+        grad_router_CI = _summed_over_tokens(grad_logits_TC, x_TI)
+    else:
+        both = _summed_over_tokens(torch.cat([grad_u_TR, grad_logits_TC], dim=1), x_TI)
+        grad_a_RI, grad_router_CI = both.split([grad_u_TR.shape[1], grad_logits_TC.shape[1]])
+    grad_threshold_1I = grad_bias_1 = None
+    if factors.threshold_1I is not None and needs.threshold_1I:
+        grad_threshold_1I = grad_router_CI[-1:].to(factors.threshold_1I.dtype)
+        grad_bias_1 = grad_logits_TC[:, -1].sum(dtype=torch.promote_types(x_TI.dtype, torch.float32))[None]
+        grad_bias_1 = grad_bias_1.to(factors.threshold_1I.dtype)
+    assert factors.router_EI is not None
+    return _FactorGradients(
+        grad_a_RI.to(factors.a_RI.dtype) if needs.a_RI else None,
+        grad_router_CI[: len(factors.router_EI)].to(factors.router_EI.dtype) if needs.router_EI else None,
+        grad_threshold_1I,
+        grad_bias_1,
+    )
 
 
-def _input_gradient(grads: _RankGradients, factors: MixtureFactors, mask_TI: Tensor | None) -> Tensor | Product:
-    dtype = grads.u_TR.dtype
-    into_x = zip(grads, (factors.a_RI, factors.router_EI, factors.a0_RI), strict=True)
+def _input_gradient(
+    grads: _RankGradients, factors: MixtureFactors, settings: MixtureSettings, mask_TI: Tensor | None
+) -> Tensor | Product:
+    dtype = grads.u_TG.dtype
+    into_x = zip(grads, (_gated_a(factors, settings), _stacked_router(factors), factors.a0_RI), strict=True)
     pairs = [(grad, weight.to(dtype)) for grad, weight in into_x if grad is not None and weight is not None]
     if mask_TI is None:
         return Product(torch.cat([grad for grad, _ in pairs], dim=1), torch.cat([weight for _, weight in pairs]))

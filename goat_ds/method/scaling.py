@@ -1,11 +1,12 @@
 """How large an expert's product counts: s, GOAT-s (arXiv 2502.16894, Theorem 3.5), rsLoRA.
 
-Shape letters: E experts, D rank of one expert.
+Shape letters: E experts, R total rank, D rank of one expert.
 """
 
 import math
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from goat_ds.errors import ConfigError
@@ -40,6 +41,35 @@ def expert_scale(scaling: Scaling, *, in_features: int, expert_rank: int, eta: f
             return lora_alpha / expert_rank
         case Scaling.RSLORA:
             return lora_alpha / math.sqrt(expert_rank)
+
+
+def residual_scale(
+    scale: Tensor | float,
+    *,
+    r: int,
+    num_experts: int,
+    shared_experts: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor | float:
+    """Return ``s_e c_e``, what the start's term counts: a number, or that of every direction ``[R]``.
+
+    ``c_e`` is the mean gate of an expert: ``1/N`` for the N that a router chooses among, whose gates sum to 1 (arXiv
+    2502.16894, Theorem 3.4), and 1 for a shared expert, which is always on.
+
+    Args:
+        scale: ``s``, or ``s_e`` of the expert each direction belongs to ``[R]``.
+        r: R.
+        num_experts: ``E``, the shared ones among them.
+        shared_experts: How many are shared: the first ones.
+        dtype: Of the result, where it is a tensor.
+        device: The same.
+    """
+    if not shared_experts:
+        return scale / num_experts
+    divisor_R = torch.full((r,), float(num_experts - shared_experts), dtype=dtype, device=device)
+    divisor_R[: r // num_experts * shared_experts] = 1
+    return scale / divisor_R
 
 
 def adaptive_scales(scale: float, singular_values_ED: Tensor) -> Tensor:

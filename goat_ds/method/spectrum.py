@@ -14,6 +14,7 @@ from scipy.linalg import blas, eigh_tridiagonal, lapack
 from torch import Tensor
 
 from goat_ds.errors import ConfigError
+from goat_ds.method.scaling import residual_scale
 
 
 class Init(StrEnum):
@@ -216,9 +217,16 @@ def factors_from(directions: Directions, *, scale_R: Tensor | float, rho: float)
 
 @torch.no_grad()
 def add_residual_(
-    weight_OI: Tensor, start: Factors, *, scale: float, scale_E: Tensor | None, num_experts: int, times: int
+    weight_OI: Tensor,
+    start: Factors,
+    *,
+    scale: float,
+    scale_E: Tensor | None,
+    num_experts: int,
+    shared_experts: int = 0,
+    times: int,
 ) -> None:
-    """Add ``times W_res = times Σ_e s_e/E B0_e A0_e`` (Theorem 3.4) to a weight in place.
+    """Add ``times W_res = times Σ_e s_e c_e B0_e A0_e`` (Theorem 3.4) to a weight in place.
 
     In fp32 or better, rounded once, and some rows at a time, so that no product of the weight's size is ever there.
 
@@ -228,6 +236,7 @@ def add_residual_(
         scale: ``s``.
         scale_E: ``s_e`` for GOAT-s, in place of ``scale``; else None.
         num_experts: ``E``.
+        shared_experts: How many of them are always on.
         times: -1 folds the residual into the base weight, 1 takes it out again.
     """
     wide = torch.promote_types(start.a_RI.dtype, torch.float32)
@@ -235,12 +244,25 @@ def add_residual_(
     if scale_E is not None:
         scale_R = scale_E.to(wide).repeat_interleave(len(start.a_RI) // num_experts)
     a_RI, num_rows = start.a_RI.to(wide), max(1, VALUES_AT_ONCE // weight_OI.shape[1])
+    counts_R = residual_scale(
+        times * scale_R,
+        r=len(a_RI),
+        num_experts=num_experts,
+        shared_experts=shared_experts,
+        dtype=wide,
+        device=a_RI.device,
+    )
     for rows_OI, b_OR in zip(weight_OI.split(num_rows), start.b_OR.split(num_rows), strict=True):
-        rows_OI.copy_(rows_OI.to(wide) + (b_OR.to(wide) * (times * scale_R / num_experts)) @ a_RI)
+        rows_OI.copy_(rows_OI.to(wide) + (b_OR.to(wide) * counts_R) @ a_RI)
 
 
-def zero_init(*, out_features: int, in_features: int, r: int, dtype: torch.dtype, device: torch.device) -> Factors:
-    """Draw ``A ~ U(-1/sqrt(I), 1/sqrt(I))`` from torch's generator and leave ``B`` at zero (LoRA-MoE)."""
+def zero_init(
+    *, out_features: int, in_features: int, r: int, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> Factors:
+    """Draw ``A ~ U(-1/sqrt(I), 1/sqrt(I))`` from torch's generator and leave ``B`` at zero (LoRA-MoE).
+
+    ``num_rows`` are those of ``A``: ``r``, or the rank of one expert where all share it (HydraLoRA).
+    """
     bound = 1 / math.sqrt(in_features)
-    a_RI = torch.empty(r, in_features, dtype=dtype, device=device).uniform_(-bound, bound)
+    a_RI = torch.empty(num_rows, in_features, dtype=dtype, device=device).uniform_(-bound, bound)
     return Factors(a_RI=a_RI, b_OR=torch.zeros(out_features, r, dtype=dtype, device=device))

@@ -13,6 +13,7 @@ import yaml
 from goat_ds import demo
 from goat_ds.arguments import Parsed, mistakes, parse_known
 from goat_ds.errors import ConfigError, first_line
+from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.train.config import GOAT_FLAGS, MAX_TIMEOUT_MINUTES, MIN_TIMEOUT_MINUTES, REQUIRED, TrainConfig
@@ -89,10 +90,40 @@ def _useless_in_goat(config: TrainConfig, given: set[str]) -> Iterator[str]:
         yield f"eta ({config.eta}) has no effect with scaling {config.scaling}; use scaling theory, or lora_alpha"
     if config.init in (Init.ZERO, Init.OLORA) and "rho" in given:
         yield f"rho ({config.rho}) has no effect with init {config.init}; use another init, or leave rho out"
-    if config.init is Init.ZERO and "residual" in given and config.residual is Residual.FOLD:
-        yield "residual (fold) has no effect with init zero; use another init, or leave residual out"
-    if config.num_experts == 1 and "balance_coef" in given and config.balance_coef:
-        yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
+    if config.init is Init.ZERO and "residual" in given and config.residual is not Residual.LOWRANK:
+        yield f"residual ({config.residual}) has no effect with init zero; use another init, or leave residual out"
+    yield from _useless_to_route(config, given)
+    if "balance_coef" in given and config.balance_coef:
+        if config.num_experts == 1:
+            yield f"balance_coef ({config.balance_coef}) has no effect with num_experts 1; set it to 0"
+        elif _keeps_all(config):
+            yield (
+                f"balance_coef ({config.balance_coef}) has no effect with top_k {config.top_k}, which keeps every "
+                "expert for every token; set it to 0"
+            )
+
+
+def _keeps_all(config: TrainConfig) -> bool:
+    is_soft = config.routing is Routing.TOP_K and config.top_k == config.num_experts - config.shared_experts
+    return is_soft and not config.expert_dropout
+
+
+def _useless_to_route(config: TrainConfig, given: set[str]) -> Iterator[str]:
+    """Yield which of the given flags about the router do nothing."""
+    for name, routing in (
+        ("top_k", Routing.TOP_K),
+        ("top_p", Routing.TOP_P),
+        ("max_threshold", Routing.THRESHOLD),
+    ):
+        if name in given and config.routing is not routing:
+            yield (
+                f"{name} ({getattr(config, name)}) has no effect with routing {config.routing}; use routing {routing}, "
+                f"or leave {name} out"
+            )
+    if config.num_experts == 1:
+        for name in ("temperature", "expert_dropout", "router_noise", "shared_A", "rho_warmup_steps"):
+            if name in given and getattr(config, name) != getattr(TrainConfig(), name):
+                yield f"{name} ({_shown(getattr(config, name))}) has no effect with num_experts 1; leave it out"
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from goat_ds.arguments import flag, list_flag
 from goat_ds.data import DataFormat
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.errors import ConfigError
+from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.precision import Precision
@@ -138,14 +139,25 @@ class TrainConfig:
     )
     r: int = flag(32, "total rank of a layer; every expert has r / num_experts")
     num_experts: int = flag(8, "experts of a layer")
-    top_k: int = flag(2, "experts a token uses")
+    routing: Routing = flag(Routing.TOP_K, "how a token chooses its experts")
+    top_k: int = flag(2, "experts a token uses (top_k); num_experts means all, by their probabilities")
+    top_p: float = flag(0.25, "probability that the experts a token uses reach together (top_p)")
+    max_threshold: float | None = flag(
+        None, "highest threshold of a token (threshold); 1 over the experts to choose among by default"
+    )
+    shared_experts: int = flag(0, "how many experts are always on; the router chooses among the others")
+    temperature: float = flag(1.0, "divisor of the router's logits")
+    expert_dropout: float = flag(0.0, "probability that an expert is left out for a token in training")
+    router_noise: float = flag(0.0, "standard deviation of the noise on the router's logits in training")
     init: Init = flag(Init.GOAT, "where in the spectrum the experts start")
     scaling: Scaling = flag(Scaling.THEORY, "formula of the scale s")
     eta: float = flag(1.0, "ratio of the learning rates, full fine-tuning to LoRA (theory)")
     lora_alpha: float = flag(64.0, "numerator of the scales alpha and rslora")
     rho: float = flag(10.0, "divisor of the singular values the experts start from")
     adaptive_scale: bool = flag(False, "GOAT-s: scale each expert by its share of the spectrum")
-    residual: Residual = flag(Residual.LOWRANK, "where the start's mean contribution is taken off")
+    shared_A: bool = flag(False, "one A for all experts, as HydraLoRA; needs init zero")
+    residual: Residual = flag(Residual.LOWRANK, "where and by which gates the start's contribution is taken off")
+    rho_warmup_steps: int = flag(0, "steps over which the residual goes from gated to lowrank")
     balance_coef: float = flag(1e-3, "weight of the balance loss, summed over layers")
     dropout: float = flag(0.0, "probability that an input of the experts is zeroed")
     target_modules: list[str] | None = list_flag(
@@ -286,6 +298,11 @@ class TrainConfig:
                 f"dense_finish ({self.dense_finish}) is after step {step} of {num_steps}; it must leave steps before "
                 "and after it"
             )
+        if step < self.rho_warmup_steps:
+            raise ConfigError(
+                f"dense_finish ({self.dense_finish}) is after step {step} of {num_steps}, and rho_warmup_steps "
+                f"({self.rho_warmup_steps}) must be over by then; finish later, or warm up for fewer steps"
+            )
         return step
 
     def packs_per_step(self, world_size: int) -> int:
@@ -342,12 +359,16 @@ class TrainConfig:
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
 
+    @property
+    def _without_router(self) -> str:
+        """What says that nothing is routed."""
+        if self.peft_config is not None:
+            return f"peft_config ({self.peft_config})"
+        return f"num_experts {self.num_experts}" if self.method is Method.GOAT else f"method {self.method}"
+
     def _rate_problems(self) -> Iterator[str]:
         if self.router_lr is not None and not self.routes:
-            yield (
-                f"router_lr ({self.router_lr}) has no effect where nothing is routed (method {self.method}, "
-                f"num_experts {self.num_experts}); leave it out"
-            )
+            yield f"router_lr ({self.router_lr}) has no effect with {self._without_router}; leave it out"
         if self.lr_ratio_B is not None and self.method is Method.FULL:
             yield f"lr_ratio_B ({self.lr_ratio_B}) has no effect with method full, which has no factor B; leave it out"
 
@@ -356,9 +377,11 @@ class TrainConfig:
             yield f"dense_finish ({self.dense_finish}) must be in [0, 1)"
             return
         if self.dense_finish and not self.routes:
+            yield f"dense_finish ({self.dense_finish}) has no effect with {self._without_router}; leave it out"
+        if self.dense_finish and self.shared_A:
             yield (
-                f"dense_finish ({self.dense_finish}) has no effect where nothing is routed (method {self.method}, "
-                f"num_experts {self.num_experts}); leave it out"
+                f"dense_finish ({self.dense_finish}) gives every expert a dense A of its own, and shared_A has one for "
+                "all; leave one of them out, or export the trained model with --mode dense"
             )
         if self.dense_finish and self.precision is Precision.FP16:
             yield f"dense_finish ({self.dense_finish}) would restart the loss scale of precision fp16; use bf16 or fp32"

@@ -160,6 +160,8 @@ class Training:
         torch.manual_seed(seed_of(self.config.seed, f"dropout of rank {ranks.get_rank()} in step {step}"))
         engine: Any = self.engine
         tuner = goat_of(engine.module)
+        if tuner is not None:
+            tuner.set_step(step - 1)
         num_micro_batches = self.config.grad_accum_steps * ranks.get_world_size()
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(engine.device)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
 
+from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.tuner.config import GoatConfig, Residual
@@ -37,6 +38,10 @@ class Method(StrEnum):
     """LoRA whose B learns at a higher rate than A (arXiv 2402.12354); PEFT's."""
     MOLORA = "molora"
     """A soft mixture of LoRAs by a router's probabilities (arXiv 2309.05444)."""
+    HYDRALORA = "hydralora"
+    """One A and several B, mixed by a router's probabilities (arXiv 2404.19245)."""
+    ADAMOLE = "adamole"
+    """A mixture of LoRAs in which a threshold of the token's own decides how many count (arXiv 2405.00361)."""
     FULL = "full"
     """Every weight of the model, without an adapter."""
 
@@ -86,6 +91,8 @@ RIVALS: Mapping[Method, Rival] = {
     Method.MILORA: _one_expert(Init.MILORA),
     Method.OLORA: _one_expert(Init.OLORA),
     Method.MOLORA: _mixture(balance_coef=0.0),
+    Method.HYDRALORA: _mixture(balance_coef=0.0, shared_A=True),
+    Method.ADAMOLE: _mixture("balance_coef", "max_threshold", routing=Routing.THRESHOLD),
     Method.FULL: Rival(None, {}, {}),
 }
 """All but GOAT, of which every flag of the adapter counts."""

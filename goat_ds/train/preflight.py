@@ -14,6 +14,7 @@ from goat_ds.precision import Precision
 from goat_ds.train.config import AUTO, TrainConfig
 from goat_ds.train.inputs import Inputs, read_inputs, with_4bit
 from goat_ds.train.resume import Resumption
+from goat_ds.tuner.layer import ROUTER
 from goat_ds.zero import adapters, ds_config, engine, sizes
 from goat_ds.zero.checkpoint import Checkpoint
 from goat_ds.zero.engine import Attention
@@ -189,7 +190,8 @@ def _model_problems(resumption: Resumption, inputs: Inputs, *, rehearsable: bool
 
 def _misfits_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield why what a checkpoint holds is not of this model; a dense finish has taken the routers."""
-    expected = {name: shape for name, shape in shapes.items() if checkpoint.is_routed or not name.endswith("router")}
+    of_router = tuple(f"goat_{name}" for name in ROUTER)
+    expected = {name: shape for name, shape in shapes.items() if checkpoint.is_routed or not name.endswith(of_router)}
     wrong = [
         name
         for name in sorted(expected.keys() | checkpoint.shapes.keys())

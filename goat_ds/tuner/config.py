@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from goat_ds.errors import raise_if_any
+from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.tuner.base_quantization import BaseQuantization
@@ -28,6 +29,8 @@ class Residual(StrEnum):
     """As a frozen low-rank term beside the base, which stays bit-identical."""
     FOLD = "fold"
     """Subtracted once, in fp32, from the base weight, as the paper writes it."""
+    GATED = "gated"
+    """As a frozen low-rank term that takes the token's own gates: the start is the base, whatever the router says."""
 
 
 @dataclass
@@ -39,7 +42,18 @@ class GoatConfig(PeftConfig):
     Args:
         r: Total rank of a layer; every expert has ``r / num_experts``.
         num_experts: Experts of a layer, ``E``.
-        top_k: Experts a token uses, ``k``.
+        routing: How a token chooses its experts: top_k, top_p (the fewest whose probability reaches ``top_p``) or
+            threshold (those whose probability reaches the token's own threshold, as AdaMoLE).
+        top_k: Experts a token uses, ``k``, with routing top_k; all of them by their probabilities, if it is their
+            number.
+        top_p: The probability that chosen experts reach together, with routing top_p.
+        max_threshold: The highest threshold, with routing threshold; None: 1 over the number of experts to choose
+            among.
+        shared_experts: The first so many experts are always on, with gate 1; the router chooses among the others.
+        temperature: What the router's logits are divided by.
+        expert_dropout: Probability that an expert is left out for a token in training; never all of them.
+        router_noise: Standard deviation of the noise on the router's logits in training.
+        shared_A: One ``A`` of ``r / num_experts`` rows for all experts, as HydraLoRA; needs init zero.
         init: Where in the spectrum the experts start: goat, goat_mini, pissa, milora, pissa_milora or zero; or, with
             one expert, on the leading part of ``W = Q R`` (olora).
         scaling: Formula of ``s``: theory, alpha or rslora.
@@ -47,9 +61,13 @@ class GoatConfig(PeftConfig):
         lora_alpha: Numerator of ``alpha`` and ``rslora``.
         rho: Divisor of the singular values the experts start from.
         adaptive_scale: GOAT-s: expert e gets ``s sqrt(sum_0 / sum_e)``, by the sums of its singular values.
-        residual: ``lowrank`` keeps the start's mean contribution as a frozen term, ``fold`` subtracts it from the base.
+        residual: ``lowrank`` keeps the start's mean contribution as a frozen term, ``fold`` subtracts it from the base,
+            ``gated`` takes the start's contribution off by the token's own gates.
+        rho_warmup_steps: Steps over which the residual goes from gated to lowrank, so that training begins at the base
+            exactly; whoever trains calls ``GoatModel.set_step`` before each step.
         balance_coef: Weight of the balance loss, summed over layers.
-        dropout: Probability that an input of the experts is zeroed; router and residual see all of it.
+        dropout: Probability that an input of the experts is zeroed; the router sees all of it, and so does the
+            residual, unless it is gated.
         target_modules: Names or a regular expression of the layers to adapt; None means all linear layers.
         exclude_modules: Names or a regular expression of layers to leave out.
         modules_to_save: Other modules to train and save whole, such as a classification head.
@@ -77,6 +95,15 @@ class GoatConfig(PeftConfig):
     residual: Residual = Residual.LOWRANK
     balance_coef: float = 1e-3
     dropout: float = 0.0
+    routing: Routing = Routing.TOP_K
+    top_p: float = 0.25
+    max_threshold: float | None = None
+    shared_experts: int = 0
+    temperature: float = 1.0
+    expert_dropout: float = 0.0
+    router_noise: float = 0.0
+    shared_A: bool = False
+    rho_warmup_steps: int = 0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -97,13 +124,15 @@ class GoatConfig(PeftConfig):
         self.peft_type = GoatPeftType.GOAT
         raise_if_any(self._problems())
         self.init, self.scaling, self.residual = Init(self.init), Scaling(self.scaling), Residual(self.residual)
+        self.routing = Routing(self.routing)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _problems(self) -> Iterator[str]:
-        for name, values in (("init", Init), ("scaling", Scaling), ("residual", Residual)):
+        enums = (("init", Init), ("scaling", Scaling), ("residual", Residual), ("routing", Routing))
+        for name, values in enums:
             if getattr(self, name) not in list(values):
                 yield f"{name} ({getattr(self, name)}) must be one of {', '.join(values)}"
         if not_numbers := list(self._not_numbers()):
@@ -114,25 +143,21 @@ class GoatConfig(PeftConfig):
                 yield f"{name} ({getattr(self, name)}) must be at least 1"
         if self.num_experts >= 1 and self.r % self.num_experts:
             yield f"num_experts ({self.num_experts}) must divide r ({self.r})"
-        if self.top_k > self.num_experts:
-            yield f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts})"
-        for name in ("eta", "lora_alpha", "rho"):
+        yield from self._choice_problems()
+        for name in ("eta", "lora_alpha", "rho", "temperature"):
             if not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be above 0"
-        if not self.balance_coef >= 0:
-            yield f"balance_coef ({self.balance_coef}) must be at least 0"
-        if not 0 <= self.dropout < 1:
-            yield f"dropout ({self.dropout}) must be in [0, 1)"
+        for name in ("balance_coef", "router_noise", "rho_warmup_steps"):
+            if not getattr(self, name) >= 0:
+                yield f"{name} ({getattr(self, name)}) must be at least 0"
+        for name in ("dropout", "expert_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
+        yield from self._start_problems()
         if type(self.routed) is not bool:
             yield f"routed ({self.routed!r}) must be true or false"
         elif not self.routed and not self.deferred:
             yield "routed (False) is what a trained mixture becomes and cannot be started; use True"
-        if self.init == Init.ZERO and self.adaptive_scale:
-            yield "adaptive_scale needs a start with singular values, and init is zero"
-        if self.init == Init.OLORA and self.num_experts != 1:
-            yield f"init (olora) starts one expert, and num_experts is {self.num_experts}; use 1, or another init"
-        if self.init == Init.OLORA and self.adaptive_scale:
-            yield "adaptive_scale needs a start with singular values, and init is olora"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern is set and layers_to_transform is not"
         is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -146,18 +171,78 @@ class GoatConfig(PeftConfig):
             if isinstance(pattern := getattr(self, name), str) and (reason := _pattern_problem(pattern)):
                 yield f"{name} ({pattern}) is not a regular expression: {reason}; mend it, or give a list of names"
 
+    def _choice_problems(self) -> Iterator[str]:
+        """Yield why tokens could not choose experts so."""
+        if not 0 <= self.shared_experts <= max(0, self.num_experts - 2):
+            yield (
+                f"shared_experts ({self.shared_experts}) must be at least 0 and leave 2 of num_experts "
+                f"({self.num_experts}) to choose among"
+            )
+        elif self.routing == Routing.TOP_K and self.top_k > self.num_choices:
+            but = f" less shared_experts ({self.shared_experts})" if self.shared_experts else ""
+            yield f"top_k ({self.top_k}) must be at most num_experts ({self.num_experts}){but}"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p ({self.top_p}) must be above 0 and at most 1"
+        if self.max_threshold is not None and not 0 < self.max_threshold <= 1:
+            yield f"max_threshold ({self.max_threshold}) must be above 0 and at most 1"
+
+    def _start_problems(self) -> Iterator[str]:
+        """Yield what does not go with where experts start."""
+        if self.init in (Init.ZERO, Init.OLORA) and self.adaptive_scale:
+            yield f"adaptive_scale needs a start with singular values, and init is {self.init}"
+        if self.init == Init.OLORA and self.num_experts != 1:
+            yield f"init (olora) starts one expert, and num_experts is {self.num_experts}; use 1, or another init"
+        if type(self.shared_A) is not bool:
+            yield f"shared_A ({self.shared_A!r}) must be true or false"
+        elif self.shared_A and self.init != Init.ZERO:
+            yield (
+                f"shared_A is one A for all experts, and init {self.init} starts each on directions of its own; use "
+                "init zero"
+            )
+        if self.rho_warmup_steps and (self.init == Init.ZERO or self.residual != Residual.LOWRANK):
+            yield (
+                f"rho_warmup_steps ({self.rho_warmup_steps}) leads from residual gated to lowrank, and here it is "
+                f"{self.residual} with init {self.init}; use residual lowrank with another init than zero, or leave it "
+                "out"
+            )
+
     def _not_numbers(self) -> Iterator[str]:
-        for name in ("r", "num_experts", "top_k"):
+        for name in ("r", "num_experts", "top_k", "shared_experts", "rho_warmup_steps"):
             if type(getattr(self, name)) is not int:
                 yield f"{name} ({getattr(self, name)!r}) must be a whole number"
-        for name in ("eta", "lora_alpha", "rho", "balance_coef", "dropout"):
+        for name in (
+            *("eta", "lora_alpha", "rho", "balance_coef", "dropout"),
+            *("top_p", "temperature", "expert_dropout", "router_noise"),
+        ):
             if type(getattr(self, name)) not in (int, float):
                 yield f"{name} ({getattr(self, name)!r}) must be a number"
+        if type(self.max_threshold) not in (int, float, type(None)):
+            yield f"max_threshold ({self.max_threshold!r}) must be a number, or null"
 
     @property
     def expert_rank(self) -> int:
         """``d``, the rank of one expert."""
         return self.r // self.num_experts
+
+    @property
+    def num_choices(self) -> int:
+        """How many experts a router chooses among: all but the shared ones."""
+        return self.num_experts - self.shared_experts
+
+    @property
+    def num_rows_A(self) -> int:
+        """Rows of ``A``."""
+        return self.expert_rank if self.shared_A else self.r
+
+    @property
+    def takes_gates(self) -> bool:
+        """Whether the residual takes the token's own gates, and stands in differences."""
+        return self.residual is Residual.GATED and self.init.decomposes
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether a layer has a threshold to train beside its router."""
+        return self.routing is Routing.THRESHOLD and self.num_experts > 1 and self.routed
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as ``adapter_config.json`` holds them; a saved adapter is complete, so it is deferred."""

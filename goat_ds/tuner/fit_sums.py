@@ -3,7 +3,7 @@
 The sums of a layer hold ``I x I`` numbers, so they are gathered for as many layers at a time as memory is allowed,
 and once for layers that see the same input, such as q, k and v.
 
-Shape letters: T tokens, I in features, R total rank.
+Shape letters: T tokens, I in features, R gated ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -115,7 +115,7 @@ class _Gatherer:
         return not self.sums or self._num_bytes + 4 * experts.in_features**2 <= self._max_bytes
 
     def _make_place(self, name: str, x_TI: Tensor, experts: GoatExperts) -> None:
-        size_i, size_r = experts.in_features, experts.config.r
+        size_i, size_r = experts.in_features, experts.config.r * (2 if experts.config.takes_gates else 1)
         zeros = partial(torch.zeros, dtype=x_TI.dtype, device=x_TI.device)
         if self._reader in self.sums:
             xx_II = self.sums[self._reader].xx_II

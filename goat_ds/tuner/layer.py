@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from goat_ds.errors import ConfigError, MergeError
+from goat_ds.method.dense_fit import gated_factors
 from goat_ds.method.input_gradient import SummedGradient, sum_gradients
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
 from goat_ds.method.routing import BalanceSignal
-from goat_ds.method.scaling import adaptive_scales, expert_scale
+from goat_ds.method.scaling import adaptive_scales, expert_scale, residual_scale
 from goat_ds.method.spectrum import (
     Directions,
     Factors,
@@ -32,6 +33,8 @@ from goat_ds.tuner.config import GoatConfig, Residual
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, weight_of_4bit
 
 FROZEN = ("A0", "B0", "s")
+ROUTER = ("router", "threshold", "threshold_bias")
+"""Parameters that a dense layer has no more."""
 PRODUCTS = (nn.Linear, Conv1D, QuantizedLinear)
 """Layers, themselves and not what derives from them, that are one product: no backward needs their output."""
 MERGE_REFUSAL = (
@@ -57,13 +60,16 @@ class GoatExperts(nn.Module):
         self.folded = False
         place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         r, num_experts = config.r, config.num_experts
-        self.A = nn.Parameter(torch.empty(r, in_features, **place))
+        self.A = nn.Parameter(torch.empty(config.num_rows_A, in_features, **place))
         self.B = nn.Parameter(torch.empty(out_features, r, **place))
         has_initial = config.init.decomposes
         self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_initial else None
         self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_initial else None
         has_router = num_experts > 1 and config.routed
-        self.router = nn.Parameter(torch.empty(num_experts, in_features, **place)) if has_router else None
+        self.router = nn.Parameter(torch.empty(config.num_choices, in_features, **place)) if has_router else None
+        has_threshold = config.has_threshold
+        self.threshold = nn.Parameter(torch.empty(1, in_features, **place)) if has_threshold else None
+        self.threshold_bias = nn.Parameter(torch.empty(1, **place)) if has_threshold else None
         self.s = _frozen(torch.empty(num_experts, **place)) if config.adaptive_scale else None
 
     @property
@@ -110,6 +116,7 @@ class GoatExperts(nn.Module):
                 out_features=self.out_features,
                 in_features=self.in_features,
                 r=self.config.r,
+                num_rows=self.config.num_rows_A,
                 dtype=self.A.dtype,
                 device=self.A.device,
             )
@@ -124,6 +131,11 @@ class GoatExperts(nn.Module):
             self.B0.copy_(self.B)
         if self.router is not None:
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        if self.threshold is not None and self.threshold_bias is not None:
+            # As nn.Linear starts, which it is in AdaMoLE's code.
+            nn.init.kaiming_uniform_(self.threshold, a=math.sqrt(5))
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.threshold_bias, -bound, bound)
         self.ready = True
 
     def _scale_per_direction(self, directions: Directions) -> Tensor | float:
@@ -140,15 +152,17 @@ class GoatExperts(nn.Module):
         return self.config.residual is Residual.FOLD and self.A0 is not None
 
     def become_dense(self, config: GoatConfig) -> None:
-        """Remove the router. The caller then fills ``A`` with its dense form.
+        """Remove the router. The caller then fills ``A``, and ``A0`` where the residual is gated, with dense forms.
 
         Args:
             config: The ``tuner.fit_sums.dense_goat_config`` of the adapter's own, the same object for all its layers.
         """
-        self.router, self.config = None, config
+        for name in ROUTER:
+            setattr(self, name, None)
+        self.config = config
 
     def add_residual_(self, weight_OI: Tensor, *, times: int) -> None:
-        """Add ``times`` the residual ``W_res = Σ_e s_e/E B0_e A0_e`` to a weight in place."""
+        """Add ``times`` the residual ``W_res = Σ_e s_e c_e B0_e A0_e`` to a weight in place."""
         assert self.A0 is not None and self.B0 is not None
         add_residual_(
             weight_OI,
@@ -156,6 +170,7 @@ class GoatExperts(nn.Module):
             scale=self.scale,
             scale_E=self.s,
             num_experts=self.config.num_experts,
+            shared_experts=self.config.shared_experts,
             times=times,
         )
 
@@ -188,6 +203,7 @@ class GoatExperts(nn.Module):
             )
         # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
         x = x.to(base.dtype)
+        is_routed = self.router is not None
         with torch.autocast(device_type=x.device.type, enabled=False):
             output = mixture(
                 x,
@@ -195,7 +211,8 @@ class GoatExperts(nn.Module):
                 self.factors(),
                 self.settings(),
                 signal=self.signal,
-                dropout_seed=self._dropout_seed(),
+                dropout_seed=self._seed(self.config.dropout),
+                router_seed=self._seed(self.config.router_noise or self.config.expert_dropout) if is_routed else None,
                 into_base=into_base,
                 summed=summed,
             )
@@ -209,12 +226,21 @@ class GoatExperts(nn.Module):
         scale_R: Tensor | float = self.scale
         if self.s is not None:
             scale_R = self.s.to(x.dtype).repeat_interleave(self.config.expert_rank)
-        h = nn.functional.linear(x, self.A0.to(x.dtype)) * (scale_R / self.config.num_experts)
+        config = self.config
+        counts_R = residual_scale(
+            scale_R,
+            r=config.r,
+            num_experts=config.num_experts,
+            shared_experts=config.shared_experts,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        h = nn.functional.linear(x, self.A0.to(x.dtype)) * counts_R
         return nn.functional.linear(h, self.B0.to(h.dtype))
 
     def factors(self) -> MixtureFactors:
         """Return the tensors that the mixture computes with; under ZeRO-3 they are whole inside of forward only."""
-        residual = self.config.residual is Residual.LOWRANK
+        residual = self.config.residual is not Residual.FOLD
         return MixtureFactors(
             a_RI=self.A,
             b_OR=self.B,
@@ -222,15 +248,17 @@ class GoatExperts(nn.Module):
             b0_OR=self.B0 if residual else None,
             router_EI=self.router,
             scale_E=self.s,
+            threshold_1I=self.threshold,
+            threshold_bias_1=self.threshold_bias,
         )
 
-    @property
-    def scaled_B(self) -> Tensor:
-        """``s_e B_e`` in fp32 or better where experts have scales of their own, else ``B``."""
-        if self.s is None:
-            return self.B
-        wide = torch.promote_types(self.B.dtype, torch.float32)
-        return self.B.to(wide) * self.s.to(wide).repeat_interleave(self.config.expert_rank)
+    def gated_factors(self) -> Factors:
+        """Return what gates stand between: what a dense fit is made for, without scales."""
+        start = None
+        if self.config.takes_gates:
+            assert self.A0 is not None and self.B0 is not None
+            start = Factors(self.A0, self.B0)
+        return gated_factors(Factors(self.A, self.B), start, num_experts=self.config.num_experts)
 
     def settings(self) -> MixtureSettings:
         """Return the numbers that the mixture computes with."""
@@ -241,16 +269,31 @@ class GoatExperts(nn.Module):
             scale=self.scale,
             balance_coef=self._balance_coef() if self.training else 0.0,
             dropout=config.dropout,
+            routing=config.routing,
+            top_p=config.top_p,
+            max_threshold=config.max_threshold or 1 / config.num_choices,
+            shared_experts=config.shared_experts,
+            temperature=config.temperature,
+            router_noise=config.router_noise if self.training else 0.0,
+            expert_dropout=config.expert_dropout if self.training else 0.0,
+            mean_share=self._mean_share(),
         )
+
+    def _mean_share(self) -> float:
+        if self.config.residual is Residual.GATED:
+            return 0.0
+        warms_up = self.training and self.config.rho_warmup_steps
+        return self.signal.mean_share if warms_up else 1.0
 
     def _balance_coef(self) -> float:
         # A frozen router has no balance to train, and its loss would train the layers before it.
         is_frozen = self.training and self.router is not None and not self.router.requires_grad
         return 0.0 if is_frozen else self.config.balance_coef
 
-    def _dropout_seed(self) -> int | None:
+    def _seed(self, chance: float) -> int | None:
+        """Return the seed of something that happens by chance in training; None: it does not happen."""
         # Drawn on the host, where both kinds of checkpointing restore the generator before they run a layer again.
-        return int(torch.randint(2**62, (), device="cpu")) if self.training and self.config.dropout else None
+        return int(torch.randint(2**62, (), device="cpu")) if self.training and chance else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

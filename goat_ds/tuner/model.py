@@ -77,6 +77,20 @@ class GoatModel(BaseTuner):
             self.__dict__["_signal"] = BalanceSignal()
         return self.__dict__["_signal"]
 
+    def set_step(self, steps_done: int) -> None:
+        """Set how far the residual of the active adapters has warmed up, before the step that comes next.
+
+        A function of the step alone, so a run that goes on needs no more than that. Outside of training it has no
+        effect.
+        """
+        wanted = {self.peft_config[name].rho_warmup_steps for name in self.active_adapters}
+        if len(wanted) > 1:
+            raise ConfigError(
+                f"rho_warmup_steps ({', '.join(map(str, sorted(wanted)))}) must be the same for all active adapters; "
+                "train them one after the other, or give them the same"
+            )
+        self.signal.mean_share = min(1.0, steps_done / num_steps) if (num_steps := max(wanted, default=0)) else 1.0
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make the layers of one adapter and start it, unless its config is deferred.
 

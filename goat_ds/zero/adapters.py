@@ -194,13 +194,14 @@ def _name_in_file(model: nn.Module, name: str) -> str:
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers that a checkpoint's model or adapter folder is made of, by name in the model.
 
-    PEFT then chooses among those of an adapter. What several names share comes once, by its first.
+    PEFT then chooses among those of an adapter, by every name that a shared one has; a model's own come once each.
     """
     prefix = getattr(model.base_model, "prefix", "") if isinstance(model, PeftModel) else ""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        is_stored = tensor.requires_grad or not prefix or prefix in name
-        if is_stored and id(tensor) not in seen:
+        if prefix and (tensor.requires_grad or prefix in name):
+            yield name, tensor
+        elif not prefix and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
 

@@ -9,9 +9,12 @@ place of ``A``, the router leaves, and what is left is a plain low-rank adapter.
 So the gradient of ``A'`` is E times that of ``A``. Left so, it would dominate the norm that is clipped, and ``B`` would
 all but stop; and the moments of ``A`` would be far too small for it. It is therefore divided by E, as if ``E A'`` were
 trained: then the norm is what it was, the moments of ``A`` are those of ``A'``, and ``B`` goes on as it was. The rate
-goes on by its schedule: a lower one for ``A'``, down to the 1/E that its size would suggest, ends worse.
+goes on by its schedule: a lower one for ``A'``, down to the 1/E that its size would suggest, ends worse. With shared
+experts it is every expert's own mean gate: 1 for those, and 1/N for the N others.
 
-Shape letters: T tokens, I in features, O out features, E experts, R total rank.
+A residual that takes the token's gates leaves with them: ``A0'`` takes the place of ``A0``, fitted in the same way.
+
+Shape letters: T tokens, I in features, O out features, E experts, N those that a router chooses among, R total rank.
 """
 
 import gc
@@ -29,7 +32,9 @@ from torch import Tensor
 
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, TrainingError
-from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, FitSums, fit_dense, is_finite
+from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, FitSums, fit_dense, gated_factors, is_finite, parted_forms
+from goat_ds.method.scaling import residual_scale
+from goat_ds.method.spectrum import Factors
 from goat_ds.tuner.fit_sums import dense_goat_config, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import ADAPTER_NAME, named_experts
@@ -73,11 +78,22 @@ class Finish(NamedTuple):
 
 
 class _Dense(NamedTuple):
-    """What a layer goes on with."""
+    """What a layer goes on with; ``a0_RI`` where the residual takes the gates."""
 
     a: TensorState
     b: TensorState
+    a0_RI: Tensor | None
     unexplained: float
+
+
+class _Routed(NamedTuple):
+    """What a layer's fit is made from; ``start`` where the residual takes the gates, ``scale_E`` for GOAT-s."""
+
+    a: TensorState
+    b: TensorState
+    start: Factors | None
+    scale_E: Tensor | None
+    num_experts: int
 
 
 class _Kept(NamedTuple):
@@ -125,6 +141,9 @@ def finish_densely(
         dense, owner = kept.mine.get(path), kept.owners[path]
         write_state(engine, experts.A, dense and dense.a, owner=owner)
         write_state(engine, experts.B, dense and dense.b, owner=owner)
+        if experts.A0 is not None and experts.config.takes_gates:
+            dense_a0 = dense and dense.a0_RI
+            partition.fill_from(owner, [experts.A0], None if dense_a0 is None else [dense_a0])
     engine.train()
     mine = [dense.unexplained for dense in kept.mine.values()]
     unexplained = [value for values in ranks.gather_objects(mine) for value in values]
@@ -161,9 +180,18 @@ def _widest(model: PeftModel) -> int:
 
 
 def train_in_units_of_a(model: PeftModel) -> None:
-    """Divide the gradient of every layer's dense ``A'`` by E, from here on; for a model without an engine."""
+    """Multiply the gradient of every dense ``A'`` by the mean gates, 1/E where none are shared, from here on.
+
+    For a model without an engine.
+    """
     for item in named_experts(model, ADAPTER_NAME):
-        item.experts.A.register_hook(partial(torch.mul, other=1 / item.experts.config.num_experts))
+        config = item.experts.config
+        mean = residual_scale(1.0, r=config.r, num_experts=config.num_experts, shared_experts=config.shared_experts)
+        item.experts.A.register_hook(partial(_times, factor=mean))
+
+
+def _times(grad_RI: Tensor, *, factor: Tensor | float) -> Tensor:
+    return grad_RI * (factor.to(grad_RI)[:, None] if isinstance(factor, Tensor) else factor)
 
 
 def _fit_all(
@@ -178,7 +206,7 @@ def _fit_all(
     mine: dict[str, _Dense] = {}
     num_tokens = 0
     for fit_sums in fit_sums_in_passes(layers, run, counts=counts):
-        here: dict[str, tuple[TensorState, TensorState, Tensor | None]] = {}
+        here: dict[str, _Routed] = {}
         for names in _by_input(fit_sums):
             owner = busy.index(min(busy))
             busy[owner] += len(names) * float(layers[names[0]].in_features) ** 3
@@ -187,9 +215,9 @@ def _fit_all(
             for name in names:
                 owners[name] = owner
                 experts = layers[name]
-                states = (read_state(engine, experts.A), read_state(engine, experts.B), _own_scales(experts))
+                routed = _read(engine, experts)
                 if owner == ranks.get_rank():
-                    here[name] = states
+                    here[name] = routed
         # A rank that fails here would leave the others waiting.
         mine |= ranks.agree(partial(_fit_here, here, fit_sums))
     return _Kept(owners, mine, num_tokens)
@@ -213,25 +241,35 @@ def _add_up_on(owner: int, fit_sums: list[FitSums]) -> None:
         layer_sums.num_tokens = num_tokens
 
 
-def _own_scales(experts: GoatExperts) -> Tensor | None:
-    """Return the scale of the expert each direction belongs to ``[R]``, for GOAT-s. A collective."""
-    if experts.s is None:
-        return None
-    with partition.gathered([experts.s]):
-        return experts.s.detach().float().repeat_interleave(experts.config.expert_rank)
+def _read(engine: DeepSpeedEngine, experts: GoatExperts) -> _Routed:
+    """Return what a layer's fit is made from. A collective."""
+    a, b, start, scale_E = read_state(engine, experts.A), read_state(engine, experts.B), None, None
+    if experts.config.takes_gates:
+        assert experts.A0 is not None and experts.B0 is not None
+        with partition.gathered([experts.A0, experts.B0]):
+            start = Factors(experts.A0.detach().float().clone(), experts.B0.detach().float().clone())
+    if experts.s is not None:
+        with partition.gathered([experts.s]):
+            scale_E = experts.s.detach().float().clone()
+    return _Routed(a, b, start, scale_E, experts.config.num_experts)
 
 
-def _fit_here(
-    here: Mapping[str, tuple[TensorState, TensorState, Tensor | None]], fit_sums: Mapping[str, FitSums]
-) -> dict[str, _Dense]:
+def _fit_here(here: Mapping[str, _Routed], fit_sums: Mapping[str, FitSums]) -> dict[str, _Dense]:
     if wrong := [name for name in here if not is_finite(fit_sums[name])]:
         raise TrainingError(f"dense finish: {', '.join(wrong[:8])} computed values that are not finite")
-    return {name: _dense(*states, fit_sums[name]) for name, states in here.items()}
+    return {name: _dense(routed, fit_sums[name]) for name, routed in here.items()}
 
 
-def _dense(a: TensorState, b: TensorState, scale_R: Tensor | None, fit_sums: FitSums) -> _Dense:
-    fit = fit_dense(a.master, b.master if scale_R is None else b.master * scale_R, fit_sums)
-    return _Dense(_on_host(a._replace(master=fit.a_RI.float())), _on_host(b), fit.unexplained)
+def _dense(routed: _Routed, fit_sums: FitSums) -> _Dense:
+    trained = Factors(routed.a.master, routed.b.master)
+    a_RI, b_OR = gated_factors(trained, routed.start, num_experts=routed.num_experts)
+    if routed.scale_E is not None:
+        b_OR = b_OR * routed.scale_E.repeat_interleave(len(a_RI) // routed.num_experts)
+    fit = fit_dense(a_RI, b_OR, fit_sums)
+    dense_RI, dense_a0_RI = fit.a_RI.float(), None
+    if routed.start is not None:
+        dense_RI, dense_a0_RI = (form.cpu() for form in parted_forms(dense_RI, num_experts=routed.num_experts))
+    return _Dense(_on_host(routed.a._replace(master=dense_RI)), _on_host(routed.b), dense_a0_RI, fit.unexplained)
 
 
 def _on_host(state: TensorState) -> TensorState:

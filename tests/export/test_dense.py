@@ -199,7 +199,19 @@ def test_the_report_says_what_merging_costs_as_slow_code_finds_it(tmp_path: Path
     assert f"{report['merged']['loss']:.4f}" in readme
 
 
-@pytest.mark.parametrize("settings", [{}, {"residual": "fold", "rho": 1.0}, {"adaptive_scale": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"residual": "fold", "rho": 1.0},
+        {"adaptive_scale": True},
+        {"residual": "gated", "adaptive_scale": True, "shared_experts": 1},
+        {"routing": "threshold"},
+        {"init": "zero", "shared_A": True, "top_k": 4, "temperature": 0.5},
+        {"routing": "top_p", "shared_experts": 2},
+    ],
+    ids=str,
+)
 def test_what_was_judged_in_memory_is_what_was_written(tmp_path: Path, settings: dict[str, Any]) -> None:
     trained = train(tmp_path, "llama", **settings)
     keep_sample(trained.adapter)
@@ -547,7 +559,18 @@ def test_a_lora_of_a_base_packed_with_the_residual_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"residual": "fold"}, {"adaptive_scale": True}, {"init": "zero"}, {"init": "pissa"}], ids=str
+    "settings",
+    [
+        {},
+        {"residual": "fold"},
+        {"adaptive_scale": True},
+        {"init": "zero"},
+        {"init": "pissa"},
+        {"residual": "gated"},
+        {"residual": "gated", "adaptive_scale": True, "shared_experts": 1},
+        {"shared_experts": 2, "routing": "threshold"},
+    ],
+    ids=str,
 )
 def test_what_a_dense_finish_leaves_is_merged_without_loss(tmp_path: Path, settings: dict[str, Any]) -> None:
     trained = train(tmp_path, "llama", finish=become_dense, **settings)

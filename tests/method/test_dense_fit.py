@@ -1,13 +1,26 @@
 """The dense form is the best linear one: what the fit says equals slow least squares, and identities hold."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from goat_ds.method import dense_fit
-from goat_ds.method.dense_fit import FitSums, add_input_sums_, fit_dense, mean_gates_form, mixture_sums
+from goat_ds.method.dense_fit import (
+    FitSums,
+    add_input_sums_,
+    dense_factors,
+    fit_dense,
+    gated_factors,
+    mean_gates_form,
+    mixture_sums,
+    parted_forms,
+)
 from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
-from goat_ds.method.routing import BalanceSignal
+from goat_ds.method.routing import BalanceSignal, Routing
+from goat_ds.method.spectrum import Factors
 from tests import reference
 
 NUM_TOKENS, IN, OUT, R, E = 200, 10, 6, 8, 4
@@ -100,3 +113,49 @@ def test_static_experts_are_a_dense_product(adaptive: bool) -> None:
     delta_OI = (routed.b_OR * scale_R) @ routed.a_RI - (b0_OR * scale_R / E) @ a0_RI
     torch.testing.assert_close(y, base_TO + x_TI @ delta_OI.T)
     assert load is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"mean_share": 0.0}, {"shared_experts": 1}, {"shared_experts": 1, "mean_share": 0.0}, {"temperature": 0.5},
+        {"routing": Routing.TOP_P, "top_p": 0.6}, {"routing": Routing.THRESHOLD, "max_threshold": 0.2},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("shares_a", [False, True])
+def test_with_every_option_the_dense_weight_is_that_of_least_squares_on_what_the_mixture_adds(
+    options: dict[str, Any], shares_a: bool
+) -> None:
+    x_TI, factors = layer()
+    settings = dataclasses.replace(SETTINGS, **options)
+    factors = factors._replace(
+        router_EI=factors.router_EI[: settings.num_choices], a0_RI=draw(R, IN), b0_OR=draw(OUT, R)
+    )
+    if shares_a:
+        factors = factors._replace(a_RI=factors.a_RI[: R // E], a0_RI=None, b0_OR=None)
+    if settings.routing is Routing.THRESHOLD:
+        factors = factors._replace(threshold_1I=draw(1, IN) / 10, threshold_bias_1=draw(1))
+    y_TO, _ = mixture(x_TI, draw(NUM_TOKENS, OUT) * 0, factors, settings, signal=BalanceSignal())
+    expected_IO = torch.linalg.lstsq(x_TI, y_TO).solution
+
+    start = None if factors.a0_RI is None else Factors(factors.a0_RI, factors.b0_OR)
+    takes_gates = start is not None and settings.mean_share == 0
+    a_RI, b_OR = gated_factors(Factors(factors.a_RI, factors.b_OR), start if takes_gates else None, num_experts=E)
+    fit = fit_dense(a_RI, b_OR, sums_of(x_TI, factors, settings), ridge=0.0)
+    delta = dense_factors(
+        Factors(fit.a_RI, b_OR),
+        None if takes_gates else start,
+        scale_R=settings.scale,
+        num_experts=E,
+        shared_experts=settings.shared_experts,
+    )
+    torch.testing.assert_close(delta.b_OR @ delta.a_RI, expected_IO.T, rtol=1e-7, atol=1e-8)
+
+
+def test_a_dense_form_parts_into_those_of_a_and_of_a0() -> None:
+    a, b, a0, b0 = draw(R, IN), draw(OUT, R), draw(R, IN), draw(OUT, R)
+    both = gated_factors(Factors(a, b), Factors(a0, b0), num_experts=E)
+    torch.testing.assert_close(both.b_OR @ both.a_RI, b @ a - b0 @ a0)
+    found, found0 = parted_forms(both.a_RI, num_experts=E)
+    assert torch.equal(found, a) and torch.equal(found0, a0)

@@ -206,9 +206,12 @@ class Called(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._found: list[tuple[Any, tuple[int, ...]]] = []
+        self.operators: list[str] = []
+        """The names of all, in order."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        self.operators.append(str(func))
         if isinstance(outputs, Tensor):
             self._found.append((func, tuple(outputs.shape)))
         return outputs

@@ -267,7 +267,7 @@ def test_a_zero_start_takes_no_directions() -> None:
 def test_a_zero_start_draws_a_within_its_bounds_and_b_as_zero() -> None:
     torch.manual_seed(0)
     a_RI, b_OR = zero_init(
-        out_features=6, in_features=64, r=32, dtype=torch.float32, device=torch.device("cpu")
+        out_features=6, in_features=64, r=32, num_rows=32, dtype=torch.float32, device=torch.device("cpu")
     )  # fmt: skip
     bound = 64**-0.5
     assert a_RI.shape == (32, 64) and b_OR.shape == (6, 32)

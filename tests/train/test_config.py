@@ -202,6 +202,14 @@ def test_a_number_that_its_schedule_cannot_use_is_refused() -> None:
         ({"dense_finish": 1.0}, r"dense_finish \(1.0\) must be in \[0, 1\)"),
         ({"dense_finish": float("nan")}, r"dense_finish \(nan\) must be in \[0, 1\)"),
         ({"dense_finish": 0.7, "num_experts": 1, "top_k": 1}, r"dense_finish \(0.7\) has no effect with num_experts 1"),
+        (
+            {"dense_finish": 0.5, "shared_A": True, "init": Init.ZERO},
+            r"dense_finish \(0.5\) gives every expert a dense A of its own, and shared_A has one for all; leave one",
+        ),
+        (
+            {"dense_finish": 0.5, "max_steps": 10, "rho_warmup_steps": 6},
+            r"dense_finish \(0.5\) is after step 5 of 10, and rho_warmup_steps \(6\) must be over by then",
+        ),
         ({"dense_finish": 0.5, "precision": Precision.FP16}, r"dense_finish \(0.5\) would restart the loss scale of"),
         ({"dense_finish": 0.1, "max_steps": 9}, r"dense_finish \(0.1\) is after step 0 of 9; it must leave steps"),
     ],
@@ -232,6 +240,13 @@ def test_a_wait_that_is_no_wait_is_refused_before_ranks_meet(minutes: float) -> 
         ("--scaling rslora --eta 2", r"eta \(2.0\) has no effect with scaling rslora"),
         ("--init zero --rho 5", r"rho \(5.0\) has no effect with init zero"),
         ("--init zero --residual fold", r"residual \(fold\) has no effect with init zero"),
+        ("--init zero --residual gated", r"residual \(gated\) has no effect with init zero"),
+        ("--routing top_p --top_k 3", r"top_k \(3\) has no effect with routing top_p; use routing top_k, or leave"),
+        ("--top_p 0.3", r"top_p \(0.3\) has no effect with routing top_k; use routing top_p, or leave top_p out"),
+        ("--max_threshold 0.1", r"max_threshold \(0.1\) has no effect with routing top_k; use routing threshold"),
+        ("--num_experts 1 --top_k 1 --temperature 2", r"temperature \(2.0\) has no effect with num_experts 1"),
+        ("--num_experts 1 --top_k 1 --init zero --shared_A", r"shared_A \(true\) has no effect with num_experts 1"),
+        ("--top_k 8 --balance_coef 0.1", r"balance_coef \(0.1\) has no effect with top_k 8, which keeps every expert"),
         ("--num_experts 1 --top_k 1 --balance_coef 0.1", r"balance_coef \(0.1\) has no effect with num_experts 1"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from peft import PeftConfig
 
 from goat_ds import ConfigError, GoatConfig
+from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
 from goat_ds.tuner.config import Residual
@@ -15,7 +16,8 @@ from goat_ds.tuner.config import Residual
 EVERYTHING = GoatConfig(
     r=6, num_experts=3, top_k=1, init="pissa", scaling="rslora", eta=0.1, lora_alpha=12, rho=5.0, adaptive_scale=True,
     residual="fold", balance_coef=0.01, dropout=0.05, target_modules=["q_proj", "v_proj"], exclude_modules=["k_proj"],
-    modules_to_save=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
+    modules_to_save=["lm_head"], layers_to_transform=[0], layers_pattern="layers", routing="threshold",
+    max_threshold=0.3, shared_experts=1, temperature=0.5, expert_dropout=0.1, router_noise=0.2, top_p=0.4,
 )  # fmt: skip
 
 
@@ -26,6 +28,7 @@ def test_a_config_comes_back_from_disk_as_it_was_but_deferred(tmp_path: Path) ->
     assert loaded.deferred
     assert loaded.to_dict() == EVERYTHING.to_dict()
     assert (loaded.init, loaded.scaling, loaded.residual) == (Init.PISSA, Scaling.RSLORA, Residual.FOLD)
+    assert loaded.routing is Routing.THRESHOLD
 
 
 def test_a_saved_config_is_plain_json_that_names_the_method(tmp_path: Path) -> None:
@@ -61,8 +64,25 @@ def test_all_problems_of_a_config_come_in_one_message() -> None:
         ({"num_experts": 0}, r"num_experts \(0\) must be at least 1"),
         ({"r": "32"}, r"r \('32'\) must be a whole number"),
         ({"balance_coef": "1e-3"}, r"balance_coef \('1e-3'\) must be a number"),
-        ({"init": "Goat"}, r"init \(Goat\) must be one of goat, goat_mini, pissa, milora, pissa_milora, zero"),
+        ({"init": "olora"}, r"init \(olora\) starts one expert, and num_experts is \d+"),
+        ({"init": "Goat"}, r"init \(Goat\) must be one of goat, goat_mini, pissa, milora, pissa_milora, olora, zero"),
         ({"init": "zero", "adaptive_scale": True}, "adaptive_scale needs a start with singular values"),
+        ({"routing": "top"}, r"routing \(top\) must be one of top_k, top_p, threshold"),
+        (
+            {"shared_experts": 7, "top_k": 1},
+            r"shared_experts \(7\) must be at least 0 and leave 2 of num_experts \(8\)",
+        ),
+        ({"shared_experts": 2, "top_k": 7}, r"top_k \(7\) must be at most num_experts \(8\) less shared_experts \(2\)"),
+        ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0 and at most 1"),
+        ({"max_threshold": 2.0}, r"max_threshold \(2.0\) must be above 0 and at most 1"),
+        ({"max_threshold": "1"}, r"max_threshold \('1'\) must be a number, or null"),
+        ({"temperature": 0}, r"temperature \(0\) must be above 0"),
+        ({"router_noise": -1.0}, r"router_noise \(-1.0\) must be at least 0"),
+        ({"expert_dropout": 1}, r"expert_dropout \(1\) must be in \[0, 1\)"),
+        ({"shared_A": True}, "shared_A is one A for all experts, and init goat starts each .*; use init zero"),
+        ({"shared_A": 1}, r"shared_A \(1\) must be true or false"),
+        ({"rho_warmup_steps": 1.5}, r"rho_warmup_steps \(1.5\) must be a whole number"),
+        ({"rho_warmup_steps": 9, "residual": "gated"}, r"rho_warmup_steps \(9\) leads from residual gated to lowrank"),
         ({"target_modules": "*q_proj"}, r"target_modules \(\*q_proj\) is not a regular expression: nothing to repeat"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 0}, "beside a regular expression in target_modules"),
     ],

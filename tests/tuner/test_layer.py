@@ -34,13 +34,25 @@ def draw_input(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("init", [init for init in Init if init.decomposes])
+@pytest.mark.parametrize("init", [init for init in Init if init.decomposes and init is not Init.OLORA])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_uniform_gates_at_the_start_reproduce_the_base_layer(kind: str, init: Init, adaptive: bool) -> None:
     layer = nn.Linear(24, 40) if kind == "linear" else Conv1D(40, 24)
     plain, adapted = one_layer(layer, init=init, top_k=4, adaptive_scale=adaptive)
     adapted.goat_experts["default"].router.data.zero_()
     torch.testing.assert_close(adapted(draw_input()), plain(draw_input()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_start_by_qr_is_the_leading_part_of_it_taken_off_the_base(kind: str) -> None:
+    layer = nn.Linear(24, 40) if kind == "linear" else Conv1D(40, 24)
+    plain, adapted = one_layer(layer, init="olora", num_experts=1, top_k=1)
+    torch.testing.assert_close(adapted(draw_input()), plain(draw_input()))
+    experts, weight_OI = adapted.goat_experts["default"], adapted.weight_OI()
+    q_OQ, r_QI = torch.linalg.qr(weight_OI)
+    torch.testing.assert_close(experts.B.detach(), q_OQ[:, : experts.config.r])
+    torch.testing.assert_close(experts.A.detach(), r_QI[: experts.config.r])
+    assert torch.equal(experts.A0, experts.A) and torch.equal(experts.B0, experts.B)
 
 
 def test_a_zero_start_reproduces_the_base_layer_whatever_the_gates() -> None:

@@ -32,7 +32,7 @@ FINISH, EARLIER = ({"dense_finish": str(LAST_ROUTED / steps + 1e-3)} for steps i
 FEWER_STEPS = EARLIER | {"max_steps": str(NUM_FEWER_STEPS)}
 NF4 = {"load_in_4bit": "true"}
 # All experts for every token: with routers of zeros the finish has no choice to undo.
-EVEN = {"top_k": "4", "num_experts": "4"}
+EVEN = {"top_k": "4", "num_experts": "4", "balance_coef": "0"}
 ON_ONE_RANK: dict[str, dict[str, str]] = {
     "plain": ZERO3 | TWO_IN_ONE_STEP,
     "reentrant": ZERO3 | TWO_IN_ONE_STEP | FEWER_STEPS | {"gradient_checkpointing": "reentrant"},
@@ -163,7 +163,7 @@ def test_adam_goes_on_with_the_moments_that_a_and_b_had() -> None:
     h_TR = tokens_TI @ a.master.T / num_experts
     xx_II, hx_RI, hh_RR = tokens_TI.T @ tokens_TI, h_TR.T @ tokens_TI, h_TR.T @ h_TR
     fit_sums = FitSums(xx_II, hx_RI, hh_RR, torch.full((num_experts,), 25.0), len(tokens_TI))
-    dense = dense_finish._dense(a, b, None, fit_sums)
+    dense = dense_finish._dense(dense_finish._Routed(a, b, None, None, num_experts), fit_sums)
     torch.testing.assert_close(dense.a.master, a.master / num_experts)
     for found, kept in (
         (dense.a.exp_avg, a.exp_avg),
