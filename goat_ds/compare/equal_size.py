@@ -46,8 +46,8 @@ def problem(method: str, reference: str, choices: Sequence[Choice], *, target: i
     if choices and abs(choices[0].num_trained - target) <= tolerance * target:
         return None
     found = ", ".join(f"r {r} has {count:,} ({count / target - 1:+.1%})" for r, count in choices)
-    needed = min((abs(count / target - 1) for _, count in choices), default=math.inf)
-    way_out = f"parameter_tolerance {math.ceil(needed * 100) / 100:g}, " if needed < 1 else ""
+    needed = min((abs(count - target) / target for _, count in choices), default=math.inf)
+    way_out = f"parameter_tolerance {math.ceil(needed * 100 - 1e-9) / 100:g}, " if needed < 1 else ""
     return (
         f"methods.{method}: no r comes within parameter_tolerance ({tolerance:g}) of the {target:,} trained parameters "
         f"of {reference}: {found or 'none fits the base'}; use {way_out}another num_experts, or budget rank"

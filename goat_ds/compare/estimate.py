@@ -6,6 +6,7 @@ from typing import Any
 
 from goat_ds.compare.compare_file import CompareSettings
 from goat_ds.compare.preparation import Sizes, num_base_values, shared_config
+from goat_ds.compare.results import FINISHED
 from goat_ds.compare.search import planned
 
 FLOP_A_VALUE = 4
@@ -37,13 +38,19 @@ def lines(
         shown = "".join(f", {flag} {value}" for flag, value in grid)
         chosen = "" if size.r is None else f", r {size.r} chosen"
         yield f"{name}{shown}: {size.num_trained:,} trained parameters{chosen}"
-    done = [row["wall_seconds"] / row["steps"] for row in rows if row["status"] == "finished"]
+    done = [row for row in rows if row["status"] == FINISHED]
     if done:
-        seconds = median(done) * num_steps / num_workers
-        yield f"time: about {seconds / 3600:.1f} h, by the {len(done)} runs that are done (those are not taken off)"
+        a_step = median(row["train_seconds"] / row["steps"] for row in done)
+        a_run = median(row["wall_seconds"] - row["train_seconds"] for row in done)
+        hours = (num_runs * max(a_run, 0.0) + num_steps * a_step) / num_workers / 3600
+        yield f"time: about {_hours(hours)} for all of it, by the {len(done)} runs that are done"
         return
     flop = FLOP_A_VALUE * num_base_values(config) * tokens
     yield (
         f"time: not known before a run is done; the base alone takes {flop:.1e} floating-point operations, "
-        f"{flop / 1e14 / 3600 / num_workers:.1g} h at 100 TFLOP/s a worker, and each run its start"
+        f"{_hours(flop / 1e14 / 3600 / num_workers)} at 100 TFLOP/s a worker, and every run its start"
     )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1g} min" if hours * 60 < 1 else f"{60 * hours:.0f} min"

@@ -70,13 +70,12 @@ def _untold(one: str, other: str, difference: Difference | None) -> str:
         return f"{one} and {other} have no seed in common."
     paired = difference.paired
     if paired.deviation is None:
-        return f"these data do not tell {one} from {other}: one pair of runs has no spread."
-    begin = f"these data do not tell {one} from {other}"
+        return f"these data do not tell {one} from {other}: they differ by {_size(difference)} in one pair of runs."
     if paired.excludes_zero:
-        begin += f": {_size(difference)}, which does not stand when corrected for all comparisons (Holm)"
+        why = f"the difference of {_size(difference)} does not stand when corrected for all comparisons (Holm)"
     else:
-        begin += f": {_size(difference)} contains 0"
-    return f"{begin}; {_needed(difference)}."
+        why = f"the difference of {_size(difference)} has 0 in its interval"
+    return f"these data do not tell {one} from {other}: {why}; {_needed(difference)}."
 
 
 def _needed(difference: Difference) -> str:
@@ -93,12 +92,13 @@ def _needed(difference: Difference) -> str:
 
 
 def _size(difference: Difference) -> str:
+    """Return how much lower the better of the two is."""
     paired = difference.paired
+    sign = -1 if paired.mean < 0 else 1
     if paired.low is None or paired.high is None:
-        return f"{abs(paired.mean):.4f}"
-    low, high = sorted((abs(paired.low), abs(paired.high))) if paired.excludes_zero else (paired.low, paired.high)
-    size = abs(paired.mean) if paired.excludes_zero else paired.mean
-    return f"{size:.4f} [95 % interval {low:.4f} to {high:.4f}]"
+        return f"{sign * paired.mean:.4f}"
+    low, high = sorted((sign * paired.low, sign * paired.high))
+    return f"{sign * paired.mean:.4f} [95 % interval {low:.4f} to {high:.4f}]"
 
 
 def _mean(standing: Standing) -> str:
