@@ -12,8 +12,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 MANY_TIMES = 4.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
-CLIPPED = 25.0
-"""A value so many times the smallest is drawn at the upper edge: a diverging run would flatten all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +61,30 @@ def _round_step(step: float) -> float:
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step)
 
 
-def chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, log_x: bool = False) -> str:
-    """Return a picture of some lines, which must have a point; values must be positive where an axis is logarithmic."""
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_name: str,
+    y_name: str,
+    log_x: bool = False,
+    highest: float = math.inf,
+) -> str:
+    """Return a picture of some lines.
+
+    Args:
+        title: Of the picture.
+        lines: With a point or more in all.
+        x_name: What x is.
+        y_name: What y is; its axis is logarithmic where values are positive and far apart.
+        log_x: Whether the axis of x is; then all x must be positive.
+        highest: Larger y are drawn at the upper edge, so that they do not flatten all others.
+    """
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    ys = [min(y, highest) for line in lines for _, y in line.points]
     is_log = min(ys) > 0 and max(ys) / min(ys) > MANY_TIMES
-    shown = [min(y, CLIPPED * min(ys)) for y in ys] if min(ys) > 0 else ys
     x_axis = Axis(xs, start=LEFT, end=WIDTH - RIGHT, is_log=log_x)
-    y_axis = Axis(shown, start=HEIGHT - BOTTOM, end=TOP, is_log=is_log)
+    y_axis = Axis(ys, start=HEIGHT - BOTTOM, end=TOP, is_log=is_log)
     body = [*_frame(title, x_axis, y_axis, x_name, y_name), *(_drawn(line, x_axis, y_axis) for line in lines)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

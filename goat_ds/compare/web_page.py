@@ -28,6 +28,8 @@ svg .soft { fill: var(--soft) } svg .grid { stroke: var(--line) } svg .zero { st
 .legend span { display: inline-block; width: 1rem; height: .25rem; margin: 0 .4rem .2rem 1rem; vertical-align: middle }
 .soft { color: var(--soft) }
 """
+SO_MANY_TIMES_THE_BEST = 25.0
+"""A loss that is further from the best is drawn at the edge: a rate far too high would flatten all others."""
 
 
 def page_of(search: Search, found: Standings) -> str:
@@ -103,9 +105,11 @@ def _rates(search: Search, colours: Mapping[str, int]) -> Iterator[str]:
         of_method[trial.point.rate].append(outcome.loss)
     for (stage, steps), by_method in losses.items():
         lines = list(_rate_lines(by_method, colours))
-        if lines:
+        # Where every method has one rate, the table says more.
+        if any(len(line.points) > 1 for line in lines):
+            highest = SO_MANY_TIMES_THE_BEST * min(loss for line in lines for _, loss in line.points)
             title = f"{stage}: {steps} steps"
-            yield chart(title, lines, x_name="learning rate", y_name="held-out loss", log_x=True)
+            yield chart(title, lines, x_name="learning rate", y_name="held-out loss", log_x=True, highest=highest)
 
 
 def _rate_lines(

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,7 +276,7 @@ def test_a_rate_that_diverges_is_a_result_and_the_page_is_made(
     assert "Equal were: the base, the data, 3 steps of the same batches" in printed
     assert "2 seeds are too few to trust an interval" in printed
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 3
     # The report is made again from the results, without a run; what a longer final lacks is said.
     (tmp_path / "out" / "compare.html").unlink()
     assert program.main(["--config", str(path), "--report_only"]) == 0
@@ -286,3 +289,31 @@ def test_a_rate_that_diverges_is_a_result_and_the_page_is_made(
     printed = capsys.readouterr().out
     assert "final: 6 runs of 3 steps" in printed and "by the 6 runs that are done" in printed
     assert len(forks.commands) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_comparison_that_is_killed_takes_its_run_with_it_and_goes_on(tmp_path: Path) -> None:
+    train = TINY["train"] | caches(tmp_path) | {"save_steps": 1}
+    path = write(tmp_path, train=train, learning_rates=[0.01], screen=None, final={"steps": 30, "seeds": [1, 2]})
+    command = [sys.executable, "launch/compare.py", "--config", str(path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=cpu_environment()) as killed:
+        wait_for(lambda: list(tmp_path.glob("out/runs/*/run/checkpoint-*")))
+        killed.kill()
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    # The run hears of it, saves and ends: its folder is free again.
+    wait_for(lambda: "SIGTERM: stopped after step" in (run / "printed.txt").read_text())
+    metrics = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 1 <= len(metrics) < 30
+    done = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, check=True)
+    assert "do not tell" in done.stdout or "Take goat" in done.stdout or "Keep it" in done.stdout
+    rows = Results(tmp_path / "out" / "results.jsonl").rows()
+    assert len(rows) == 4 and {row["status"] for row in rows} == {"finished"}
+    assert [step for step, _ in rows[0]["train_curve"]] == list(range(1, 31))
+
+
+def wait_for(is_there: Callable[[], object]) -> None:
+    until = time.monotonic() + 300
+    while not is_there():
+        assert time.monotonic() < until
+        time.sleep(0.05)
