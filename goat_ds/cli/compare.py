@@ -41,10 +41,19 @@ class CompareFlags:
     retry_failed: bool = flag(False, "run again what has failed (not what has diverged) in an earlier start")
 
 
+def flags_from(arguments: Sequence[str]) -> CompareFlags:
+    """Read the command line.
+
+    Raises:
+        ConfigError: it holds words that it should not hold.
+    """
+    return parse(CompareFlags, arguments, program="goat-ds compare", description=__doc__)
+
+
 @program
 def main(arguments: Sequence[str]) -> int:
     """Compare as the file says; return 75 if a signal has ended it."""
-    flags = parse(CompareFlags, arguments, program="goat-ds compare", description=__doc__)
+    flags = flags_from(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE says that there are several processes; start a comparison with python alone")
     if flags.dry_run and flags.report_only:

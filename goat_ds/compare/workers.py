@@ -58,7 +58,7 @@ class Child(Protocol):
         """Send it a signal."""
 
 
-Start = Callable[[Sequence[str], Mapping[str, str], Path], Child]
+Launch = Callable[[Sequence[str], Mapping[str, str], Path], Child]
 """Starts a command in an environment; what it prints is appended to a file."""
 
 
@@ -162,7 +162,7 @@ class Workers:
         results: Results,
         *,
         here: Sequence[Place],
-        start: Start = start_process,
+        start: Launch = start_process,
         retry_failed: bool = False,
     ) -> None:
         self.settings, self.sizes, self.results = settings, sizes, results
