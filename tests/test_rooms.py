@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "evaluate": UP_TO_BASE | {"arguments", "export", "front door"},
     "plan": UP_TO_BASE | {"zero", "front door"},
     "train": UP_TO_BASE | {"arguments", "zero", "plan", "demo", "front door"},
+    "compare": {"errors", "distributed", "zero", "plan", "train"},
     "demo": {"errors"},
-    "cli": UP_TO_BASE | {"arguments", "zero", "train", "export", "evaluate", "plan", "demo", "front door"},
+    "cli": UP_TO_BASE | {"arguments", "zero", "train", "export", "evaluate", "plan", "compare", "demo", "front door"},
     "front door": UP_TO_BASE | {"zero", "train", "export", "evaluate", "plan", "demo"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -117,7 +118,10 @@ def test_what_is_said_on_stdout_goes_through_the_logger(path: Path) -> None:
             assert called != "tqdm.write" or where in BESIDE_BARS, f"line {node.lineno}"
 
 
-READING_THE_ENVIRONMENT = {"train/environment.py", "train/config.py", "cli/export.py", "cli/program.py", "cli/demo.py"}
+READING_THE_ENVIRONMENT = {
+    *("train/environment.py", "train/config.py"),
+    *("cli/export.py", "cli/program.py", "cli/demo.py", "cli/compare.py"),
+}
 
 
 def test_the_environment_is_read_in_few_places() -> None:

@@ -1,7 +1,7 @@
 """The programs, ``goat-ds train`` and its like: a module each, with ``main(arguments)``; ``launch/`` calls them.
 
     program     what all of them share: what they say is shown, what the user got wrong ends them with exit code 2
-    train, export, evaluate, plan, demo
+    train, export, evaluate, plan, compare, demo
 
 Where several ranks are wanted, a launcher starts the module: ``deepspeed --module goat_ds.cli.train …``.
 """
@@ -15,6 +15,7 @@ PROGRAMS = {
     "export": "write a trained checkpoint in a form that others load",
     "evaluate": "judge a model on data and on tasks",
     "plan": "print what a run needs before it is paid for",
+    "compare": "find out which method is best on your data",
     "demo": "train, export and question the embedded demo",
 }
 

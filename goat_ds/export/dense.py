@@ -24,8 +24,8 @@ from goat_ds.export.adapter_file import Adapter, read_adapter
 from goat_ds.export.base_tensors import base_tensors, check_fit
 from goat_ds.export.calibration import NamedData, Packs, TokenSource, find_tokens, packs_of
 from goat_ds.export.card import dense_card, lora_card
-from goat_ds.export.compare import Comparison, Reference, compare, take_reference
 from goat_ds.export.dequantize import MergeBase, choose_weights
+from goat_ds.export.divergence import Comparison, Reference, compare, take_reference
 from goat_ds.export.fit import Fit, LayerFit, fit_layers
 from goat_ds.export.folder import check_new, check_room, new_folder
 from goat_ds.export.merge import DeltaOf, Merge, dense_config, dense_tensors, write_lora

@@ -12,8 +12,8 @@ import torch
 
 from goat_ds.export.adapter_file import Adapter
 from goat_ds.export.calibration import TokenSource
-from goat_ds.export.compare import Comparison, Reference
 from goat_ds.export.dequantize import MergeBase
+from goat_ds.export.divergence import Comparison, Reference
 from goat_ds.export.fit import Fit, LayerFit
 from goat_ds.export.merge import Merge
 from goat_ds.export.refine import Refined

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from goat_ds.data import MicroBatch, label_logits
 from goat_ds.distributed import ranks
 from goat_ds.export.calibration import Packs
-from goat_ds.export.compare import Comparison, Reference, compare, divergence
+from goat_ds.export.divergence import Comparison, Reference, compare, divergence
 from goat_ds.export.trained import DENSE, TRAINED, TrainedModel
 
 LEARNING_RATE = 2e-3

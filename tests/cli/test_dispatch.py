@@ -29,6 +29,7 @@ ENOUGH = {
     "export": ["--checkpoint", "a", "--mode", "exact", "--output", "b"],
     "evaluate": ["--model", "a", "--data", "b"],
     "plan": [],
+    "compare": ["--config", "a"],
     "demo": [],
 }
 
@@ -112,6 +113,8 @@ def test_every_program_refuses_a_word_that_it_does_not_know(
         ("evaluate", ["--dtype", "bfloat16"], "argument --dtype: invalid choice: 'bfloat16'"),
         ("evaluate", ["--limit", "few"], "argument --limit: invalid int value: 'few'"),
         ("plan", ["--world_size", "two"], "argument --world_size/--world-size: invalid int value: 'two'"),
+        ("compare", ["--rates", "1e-3"], "--rates is not a setting; see --help"),
+        ("compare", ["--config", "no.yaml"], "config (no.yaml) cannot be read:"),
         ("demo", ["--outptu", "a"], "--outptu is not a setting; see --help"),
     ],
 )
