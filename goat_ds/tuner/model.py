@@ -77,6 +77,11 @@ class GoatModel(BaseTuner):
             self.__dict__["_signal"] = BalanceSignal()
         return self.__dict__["_signal"]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base returns."""
+        # PEFT before 0.21 calls the base's forward method, which goes around its hooks.
+        return self.model(*args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make the layers of one adapter and start it, unless its config is deferred.
 
