@@ -109,7 +109,7 @@ def test_gradients_equal_plain_autograds(task_type: str | None, padded: bool, ho
     assert_equal(gradients(model), slow_gradients([batch(padded=padded)], task_type=task_type))
 
 
-def test_gradients_equal_plain_autograds_where_peft_goes_around_the_bases_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_equal_plain_autograds_where_peft_goes_around_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     # As PEFT's tuners called the base before 0.21.
     monkeypatch.setattr(BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
     model = model_of(task_type="CAUSAL_LM")
