@@ -276,6 +276,10 @@ def test_what_cannot_run_is_refused_in_a_sentence(
             comparison.main(["lora/r32", "--smoke", steps, *common])
     with pytest.raises(SystemExit, match=r"git fetch .* failed in "):
         comparison.main(["--peft_repo", str(tmp_path / "none"), "--commit", "0" * 40, "--work", str(tmp_path)])
+    # What a killed run leaves is put right.
+    (tmp_path / "main" / comparison.COMPARISON / "results" / "lora--r32.json").write_text("half a r")
+    comparison.main(common)
+    assert "| lora/r32 (published) | 40.0% " in capsys.readouterr().out
     monkeypatch.setattr(comparison, "OLDEST_PYTHON", (99, 0))
     with pytest.raises(SystemExit, match=r"install goat_ds under 99.0 or newer"):
         comparison.main(["lora/r32", *common])

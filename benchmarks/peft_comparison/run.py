@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.experiments:
         derived = derive(comparison, name, changes=_changes(given), suffix=_suffix(given))
         rows.append(run(checkout, derived, rows=given.work.resolve() / "rows", smoke=given.smoke is not None))
-        print(table(rows if given.smoke is not None else [*rows, *published(comparison)]), flush=True)
+        print(table(rows), flush=True)
+    if given.smoke is None:
+        print(table([*rows, *published(comparison)]))
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -127,9 +129,11 @@ def fetch(repo: str, commit: str, *, folder: Path, branch: str) -> Path:
         git(folder, "init", "--quiet")
     if git(folder, "cat-file", "-e", f"{commit}^{{commit}}", check=False).returncode:
         git(folder, "fetch", "--quiet", "--depth", "1", repo, commit)
-    if changed := git(folder, "status", "--porcelain", "--untracked-files=no").stdout.strip():
+    # A run that was killed may have left a row where PEFT's own was.
+    but_rows = f":(exclude){COMPARISON / 'results'}"
+    if changed := git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", but_rows).stdout.strip():
         raise SystemExit(f"{folder} is no longer as PEFT published it; delete it, and it is fetched again:\n{changed}")
-    git(folder, "checkout", "--quiet", "-B", branch, commit)
+    git(folder, "checkout", "--quiet", "--force", "-B", branch, commit)
     return folder
 
 
@@ -192,7 +196,7 @@ def _changes(given: argparse.Namespace) -> dict[str, Any]:
 
 def _suffix(given: argparse.Namespace) -> str:
     parts = {"lr": given.learning_rate, "seed": given.seed}
-    suffix = "".join(f"-{name}_{value:g}" for name, value in parts.items() if value is not None)
+    suffix = "".join(f"-{name}_{value}" for name, value in parts.items() if value is not None)
     return suffix if given.smoke is None else f"{suffix}-smoke"
 
 
