@@ -161,6 +161,7 @@ def run(*words: str) -> Done:
 
 
 DEFAULTS = {"seed": 0, "optimizer_kwargs": {"lr": 1e-4, "weight_decay": 0.1}}
+MEASURED = {"accelerator_memory_max": 0, "train_time": 9.0, "file_size": 0, "num_trainable_params": 8}
 SCRIPT = """
 import json, os, sys
 from peft import PeftConfig
@@ -196,8 +197,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (metamath / "run.py").write_text(SCRIPT)
     (metamath / "utils.py").write_text('FOLDER = "."\n')
     (metamath / "default_training_params.json").write_text(json.dumps(DEFAULTS))
-    measured = {"accelerator_memory_max": 0, "train_time": 9.0, "file_size": 0, "num_trainable_params": 8}
-    train = {**measured, "metrics": [{"test accuracy": 0.4, "train loss": 2.0}]}  # as before forgetting was measured
+    # As before PEFT measured forgetting.
+    train = MEASURED | {"metrics": [{"test accuracy": 0.4, "train loss": 2.0}]}
     row = {"run_info": {"experiment_name": "lora/r32"}, "train_info": train}
     (metamath / "results" / "lora--r32.json").write_text(json.dumps(row))
     (metamath / "cancelled_results").mkdir()
@@ -220,32 +221,40 @@ def any_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("any_python")
-def test_experiments_run_through_the_fetched_script_with_its_peft(
+def test_an_experiment_runs_through_the_fetched_script_with_its_peft(
     repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    work = flags(repository, tmp_path)
-    comparison.main(["goat/llama-3.2-3B-rank8-experts4-mlp", "--learning_rate", "0.002", "--seed", "3", *work])
-    comparison.main(["lora/r32", *work])
+    ours = "goat/llama-3.2-3B-rank8-experts4-mlp"
+    comparison.main([ours, "--learning_rate", "0.002", "--seed", "3", *flags(repository, tmp_path)])
+    (file,) = (tmp_path / "rows").iterdir()
+    assert file.name == f"{ours.replace('/', '--')}-lr_0.002-seed_3.json"
+    about = json.loads(file.read_text())["run_info"]
+    assert about["kind"] == "GoatConfig" and Path(about["peft"]).is_relative_to(tmp_path / "main" / "src")
+    assert about["training"] == {"seed": 3, "optimizer_kwargs": {"lr": 0.002, "weight_decay": 0.1}}
     out = capfd.readouterr().out
-    changed = {"seed": 3, "optimizer_kwargs": {"lr": 0.002, "weight_decay": 0.1}}
-    for name, kind, training in (
-        ("goat/llama-3.2-3B-rank8-experts4-mlp-lr_0.002-seed_3", "GoatConfig", changed),
-        ("lora/r32", "LoraConfig", DEFAULTS),
-    ):
-        about = json.loads((tmp_path / "rows" / f"{name.replace('/', '--')}.json").read_text())["run_info"]
-        assert about["kind"] == kind and about["training"] == training
-        assert Path(about["peft"]).is_relative_to(tmp_path / "main" / "src")
-        assert f"| {name} | 50.0% | 1.000 | 0.100 | 7 | 2 | 3 | 1.0 |" in out
-    # Also beside a row of the same experiment, which PEFT's script writes over it.
-    assert out.count("| lora/r32 (published) | 40.0% | 2.000 | nan | 8 | 0 | 9 | 0.0 |") == 2
+    assert f"| {ours}-lr_0.002-seed_3 | 50.0% | 1.000 | 0.100 | 7 | 2 | 3 | 1.0 |" in out
+    assert "| lora/r32 (published) | 40.0% | 2.000 | nan | 8 | 0 | 9 | 0.0 |" in out
 
 
-LAUNCHER_OF_A_BAD_END = """
-import json
-row = {"run_info": {"error_msg": "a bad rate"}, "train_info": {"status": "canceled", "metrics": []}}
-with open("cancelled_results/lora--r32.json", "w") as file:
-    json.dump(row, file)
-"""
+def writes(file: str, **train: Any) -> str:
+    """Return a launcher that trains nothing and writes a result file."""
+    row = {"run_info": {"experiment_name": "lora/r32", "error_msg": "a bad rate"}, "train_info": MEASURED | train}
+    return f"import pathlib; pathlib.Path({file!r}).write_text({json.dumps(row)!r})"
+
+
+@pytest.mark.usefixtures("any_python")
+def test_a_row_of_pefts_own_experiment_leaves_the_published_one(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "HERE", tmp_path)
+    metrics = [{"step": 1}, {"test accuracy": 0.6, "train loss": 1.0, "forgetting": 0.1}]
+    launcher = writes("results/lora--r32.json", status="success", metrics=metrics)
+    (tmp_path / "launcher.py").write_text(launcher)
+    for _ in range(2):
+        comparison.main(["lora/r32", *flags(repository, tmp_path)])
+        rows = [line.split(" | ")[:2] for line in capfd.readouterr().out.splitlines() if line.startswith("| lora")]
+        ours, published = ["| lora/r32", "60.0%"], ["| lora/r32 (published)", "40.0%"]
+        assert rows == [ours, ours, published]
 
 
 @pytest.mark.usefixtures("any_python")
@@ -254,7 +263,10 @@ def test_an_experiment_that_did_not_come_to_its_end_is_an_error(
 ) -> None:
     monkeypatch.setattr(comparison, "HERE", tmp_path)
     for launcher, words in (
-        (LAUNCHER_OF_A_BAD_END, "lora/r32 did not come to its end: a bad rate"),
+        (
+            writes("cancelled_results/lora--r32.json", status="canceled", metrics=[]),
+            "lora/r32 did not come to its end: a bad rate",
+        ),
         ("raise SystemExit(3)", "lora/r32: PEFT's script ended with exit code 3; its words are above"),
         ("pass", "lora/r32: PEFT's script wrote 0 result files in place of one"),
     ):
