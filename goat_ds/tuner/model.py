@@ -70,17 +70,17 @@ class GoatModel(BaseTuner):
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base returns."""
+        # PEFT before 0.21 calls the base's forward method, which goes around its hooks.
+        return self.model(*args, **kwargs)
+
     @property
     def signal(self) -> BalanceSignal:
         """What passes between forward, loss and the routers' backward."""
         if "_signal" not in self.__dict__:
             self.__dict__["_signal"] = BalanceSignal()
         return self.__dict__["_signal"]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base returns."""
-        # PEFT before 0.21 calls the base's forward method, which goes around its hooks.
-        return self.model(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make the layers of one adapter and start it, unless its config is deferred.
