@@ -70,6 +70,11 @@ class GoatModel(BaseTuner):
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base returns."""
+        # PEFT before 0.21 calls the base's forward method, which goes around its hooks.
+        return self.model(*args, **kwargs)
+
     @property
     def signal(self) -> BalanceSignal:
         """What passes between forward, loss and the routers' backward."""
