@@ -32,6 +32,7 @@ BUDGET = 9_175_040
 NUM_TRAINED = {
     "llama-3.2-3B-rank8-experts4-mlp": 9_175_040,
     "llama-3.2-3B-rank8-experts4-mlp-zero-s8": 9_175_040,
+    "llama-3.2-3B-rank8-experts4-mlp-soft": 9_175_040,
     "llama-3.2-3B-rank28-experts4-qv": 8_716_288,
 }
 SHAPES = {  # out features, in features
