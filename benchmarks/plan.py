@@ -149,7 +149,7 @@ def be_a_rank(folder: Path, case: Case, *, num_tokens: int) -> None:
     config = settings(folder, case, num_tokens=num_tokens)
     join_ranks(config, timeout_minutes=10)
     with LiveTensors() as live:
-        engine = build(read_inputs(config), num_steps=100)
+        engine = build(read_inputs(config), num_steps=100).engine
         gc.collect()
         mapped = sum(p.nbytes for p in engine.module.parameters() if p.numel() and is_mapped(p))
         loading = live.peak

@@ -121,7 +121,7 @@ def _useless_to_route(config: TrainConfig, given: set[str]) -> Iterator[str]:
                 f"or leave {name} out"
             )
     if config.num_experts == 1:
-        for name in ("temperature", "expert_dropout", "router_noise", "shared_A", "rho_warmup_steps"):
+        for name in ("routing", "temperature", "expert_dropout", "router_noise", "shared_A", "rho_warmup_steps"):
             if name in given and getattr(config, name) != getattr(TrainConfig(), name):
                 yield f"{name} ({_shown(getattr(config, name))}) has no effect with num_experts 1; leave it out"
 

@@ -283,6 +283,18 @@ class TrainConfig:
         """Return the steps of warm-up in a run of ``num_steps``."""
         return min(100, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
+    def check_rho_warmup(self, num_steps: int) -> None:
+        """Check that the residual has warmed up by the end of a run of ``num_steps``.
+
+        Raises:
+            ConfigError: it has not, so the model that is trained is not the one that is evaluated and kept.
+        """
+        if self.rho_warmup_steps >= num_steps:
+            raise ConfigError(
+                f"rho_warmup_steps ({self.rho_warmup_steps}) must be below the steps of the run ({num_steps}); warm up "
+                "for fewer, or train with residual gated"
+            )
+
     def finish_after(self, num_steps: int) -> int | None:
         """Return the step of a run of ``num_steps`` after which experts become dense; None: they never do.
 
@@ -358,6 +370,11 @@ class TrainConfig:
             yield f"learning_rate ({self.learning_rate}) must be above {POLYNOMIAL_END}, where polynomial ends"
         if self.max_steps and (self.warmup_steps or 0) >= self.max_steps:
             yield f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
+        if self.max_steps > 0:
+            try:
+                self.check_rho_warmup(self.max_steps)
+            except ConfigError as error:
+                yield from error.problems
 
     @property
     def _without_router(self) -> str:

@@ -96,6 +96,7 @@ def course_of(resumption: Resumption, inputs: Inputs) -> Course:
     tokens, heldout = load_all_tokens(inputs)
     plan = batch_plan(config, tokens.packed, global_batch_size=resumption.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.num_epochs * plan.steps_per_epoch)
+    config.check_rho_warmup(num_steps)
     course = Course(
         tokens,
         heldout,

@@ -139,6 +139,25 @@ def test_every_setting_gives_the_trained_logits_bit_for_bit(tmp_path: Path, sett
 @pytest.mark.parametrize(
     "settings",
     [
+        {"residual": "gated", "adaptive_scale": True},
+        {"routing": "threshold", "temperature": 0.5},
+        {"routing": "top_p", "shared_experts": 1},
+        {"init": "zero", "shared_A": True, "top_k": 4},
+    ],
+    ids=str,
+)
+def test_every_option_gives_the_logits_of_training_in_bf16(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trained = train(tmp_path, "llama", load={"dtype": torch.bfloat16}, **settings)
+    export_exact(trained.adapter, output=tmp_path / "out")
+    with torch.no_grad():
+        logits = load(tmp_path / "out", dtype=torch.bfloat16)(input_ids=TOKENS).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits, trained.logits())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
         {},
         {"residual": "fold"},
         {"adaptive_scale": True},

@@ -23,7 +23,7 @@ def main(ds_config: str, folder: str, *flags: str) -> None:
     Path(folder).mkdir(exist_ok=True)
     planner = planner_of(read_inputs(config, world_size=ranks.get_world_size()))
     parts = planned(planner.placement(ranks.get_world_size()))
-    engine = build(read_inputs(config), num_steps=100)
+    engine = build(read_inputs(config), num_steps=100).engine
     sharded: Any = engine.optimizer
     parameters = list(engine.module.parameters())
     found = {

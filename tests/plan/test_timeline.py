@@ -23,13 +23,13 @@ GOAT: dict[str, Any] = {"r": 8, "num_experts": 4, "dropout": 0.1}
 NUM_TOKENS, NUM_LABELS = 24, 10
 
 
-def real_peaks(base: str, kind: Checkpointing, attention: str) -> tuple[int, int]:
+def real_peaks(base: str, kind: Checkpointing, attention: str, goat: dict[str, Any] = GOAT) -> tuple[int, int]:
     """Run a micro-batch of two documents; return what is held between forward and backward, and the most."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(base), dtype=torch.bfloat16, attn_implementation=attention
     )
-    model = get_peft_model(model, GoatConfig(**GOAT), autocast_adapter_dtype=False).train()
+    model = get_peft_model(model, GoatConfig(**goat), autocast_adapter_dtype=False).train()
     enable_checkpointing(model, kind)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -43,6 +43,32 @@ def real_peaks(base: str, kind: Checkpointing, attention: str) -> tuple[int, int
         kept = live.held
         loss.backward()
     return kept, live.peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": "gated", "shared_experts": 1, "router_noise": 0.5},
+        {"routing": "threshold", "expert_dropout": 0.2, "temperature": 0.5},
+        {"routing": "top_p", "init": "zero", "shared_A": True},
+        {"top_k": 4},
+    ],
+    ids=str,
+)
+def test_what_an_option_holds_is_counted(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, bf16 = config_only(tmp_path), torch.bfloat16
+    kept, peak = real_peaks(base, Checkpointing.NONE, "sdpa", GOAT | options)
+    skeleton = build(
+        inspect(base), GoatConfig(**GOAT | options), dtype=bf16, attention="sdpa", quantization=None, compute_dtype=bf16
+    )
+    timeline = record(
+        skeleton.model,
+        num_tokens=NUM_TOKENS,
+        num_labels=NUM_LABELS,
+        one_document=False,
+        prepare=lambda model: enable_checkpointing(model, Checkpointing.NONE),
+    )
+    assert (timeline.kept, timeline.peak) == (kept, peak)
 
 
 @pytest.mark.parametrize("kind", Checkpointing)

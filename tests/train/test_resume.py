@@ -26,6 +26,7 @@ COMMON = {
 ZERO3 = {"ds_config": "ds_configs/zero3.json"}
 FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
 FOUR_BIT = {"load_in_4bit": "true"}
+RANDOM = {"router_noise": "0.5", "expert_dropout": "0.2"}
 SAME: dict[str, dict[str, str]] = {
     "zero3 bf16": ZERO3 | BF16,
     "zero3 fp32 GOAT-s, reentrant": ZERO3 | FP32 | {"adaptive_scale": "true", "gradient_checkpointing": "reentrant"},
@@ -36,6 +37,8 @@ SAME: dict[str, dict[str, str]] = {
     "zero0 bf16": {"ds_config": "zero0.json"} | BF16,
     "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"},
     "dense just then": ZERO3 | FP32 | {"dense_finish": "0.5", "max_length": "256"},
+    "dense and gated": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256", "residual": "gated"},
+    "options": ZERO3 | BF16 | {"routing": "threshold", "shared_experts": "1", "rho_warmup_steps": "5"} | RANDOM,
 }
 
 
@@ -100,5 +103,6 @@ def test_a_checkpoint_is_small_and_holds_no_frozen_weight(runs: Path) -> None:
         adapter = sum(size for path, size in sizes.items() if path.parent.name == "adapter")
         sample = (folder / "calibration.safetensors").stat().st_size
         tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-        trained = sum(t.numel() for key, t in tensors.items() if key.rpartition("goat_")[2] in ("A", "B", "router"))
+        names = ("A", "B", "router", "threshold", "threshold_bias")
+        trained = sum(t.numel() for key, t in tensors.items() if key.rpartition("goat_")[2] in names)
         assert sum(sizes.values()) - sample <= 1.02 * (12 * trained + adapter)

@@ -32,7 +32,7 @@ def main() -> None:
     output, config = Path(sys.argv[1]), parse(sys.argv[2:])
     join_ranks(config, timeout_minutes=5)
     tokens, _ = load_all_tokens(read_inputs(config))
-    engine: Any = build(read_inputs(config), num_steps=NUM_STEPS)
+    engine: Any = build(read_inputs(config), num_steps=NUM_STEPS).engine
     model: Any = engines.peft_model(engine)
     size = config.packs_per_step(ranks.get_world_size())
     plan = batch_plan(config, tokens.packed, global_batch_size=size)

@@ -103,7 +103,7 @@ def main() -> None:
         tuner_layer.decompose = live.without(svd)
         engines.build_engine = partial(stop_counting, live, build_engine)
         live.__enter__()
-        engine = build(read_inputs(parse(job["flags"])), num_steps=4)
+        engine = build(read_inputs(parse(job["flags"])), num_steps=4).engine
         one_step(engine)
         model = engines.peft_model(engine)
         held = measure(model)._asdict() | {"peak": live.peak, "after": live.now_at_end}

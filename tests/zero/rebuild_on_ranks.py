@@ -74,7 +74,7 @@ class Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.inputs = config, read_inputs(config)
         self.tokens, _ = load_all_tokens(self.inputs)
-        self.engine = build(self.inputs, num_steps=NUM_STEPS)
+        self.engine = build(self.inputs, num_steps=NUM_STEPS).engine
         self.model: Any = engines.peft_model(self.engine)
 
     def train(self, first: int, until: int) -> list[float]:

@@ -31,6 +31,7 @@ COMMON_HERE = COMMON | {"lr_scheduler": "inverse_sqrt", "eval_steps": "5"}
 FINISH, EARLIER = ({"dense_finish": str(LAST_ROUTED / steps + 1e-3)} for steps in (NUM_STEPS, NUM_FEWER_STEPS))
 FEWER_STEPS = EARLIER | {"max_steps": str(NUM_FEWER_STEPS)}
 NF4 = {"load_in_4bit": "true"}
+GATED = {"residual": "gated"}
 # All experts for every token: with routers of zeros the finish has no choice to undo.
 EVEN = {"top_k": "4", "num_experts": "4", "balance_coef": "0"}
 ON_ONE_RANK: dict[str, dict[str, str]] = {
@@ -38,6 +39,7 @@ ON_ONE_RANK: dict[str, dict[str, str]] = {
     "reentrant": ZERO3 | TWO_IN_ONE_STEP | FEWER_STEPS | {"gradient_checkpointing": "reentrant"},
     "fold": ZERO3 | TWO_IN_ONE_STEP | {"residual": "fold"},
     "nf4": ZERO3 | TWO_IN_ONE_STEP | NF4,
+    "gated": ZERO3 | TWO_IN_ONE_STEP | GATED,
 }
 # By the run on one rank that each must equal.
 ON_TWO_RANKS: dict[str, dict[str, dict[str, str]]] = {
@@ -50,6 +52,7 @@ ON_TWO_RANKS: dict[str, dict[str, dict[str, str]]] = {
     },
     "fold": {"zero3": ZERO3 | {"residual": "fold"}},
     "nf4": {"zero3": ZERO3 | NF4},
+    "gated": {"zero3": ZERO3 | GATED, "zero2": {"ds_config": "ds_configs/zero2.json"} | GATED | FEWER_STEPS},
 }
 PAIRS = [(like, name) for like, variants in ON_TWO_RANKS.items() for name in variants]
 
@@ -139,7 +142,7 @@ def test_checkpoints_hold_a_routed_adapter_before_and_a_dense_one_afterwards(tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("like", ["fold", "nf4"])
+@pytest.mark.parametrize("like", ["fold", "nf4", "gated"])
 def test_one_and_two_ranks_leave_the_same_dense_adapter(like: str, trained: Path) -> None:
     one, two = (
         load_file(trained / run / f"checkpoint-{NUM_STEPS}" / "adapter" / "adapter_model.safetensors")
