@@ -20,8 +20,6 @@ from goat_ds.train.inputs import read_inputs
 from goat_ds.train.resume import look
 
 Grid = tuple[tuple[str, Any], ...]
-WITHOUT_RANK = ("full", "full_moe")
-"""Values of ``method`` that train weights, not low-rank products."""
 
 
 class Size(NamedTuple):
@@ -133,7 +131,7 @@ def _unequal_batches(settings: CompareSettings, configs: dict[tuple[str, Grid], 
 
 
 def _unequal_ranks(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfig]) -> Iterator[str]:
-    own = {name: config.r for (name, _), config in configs.items() if has_rank(config)}
+    own = {name: config.r for (name, _), config in configs.items() if settings.has_rank(name)}
     for name, r in own.items():
         wanted = own.get(settings.reference, next(iter(own.values())))
         if r != wanted:
@@ -141,12 +139,6 @@ def _unequal_ranks(settings: CompareSettings, configs: dict[tuple[str, Grid], Tr
                 f"methods.{name}.r ({r}) is not the {wanted} of {settings.reference}; give the same r to all, or use "
                 "budget parameters or none"
             )
-
-
-def has_rank(config: TrainConfig) -> bool:
-    """Whether a method trains low-rank products whose total rank is ``r``."""
-    # Not every version of the settings knows other methods than GOAT's own.
-    return getattr(config, "method", None) not in WITHOUT_RANK and getattr(config, "peft_config", None) is None
 
 
 def num_trained(config: TrainConfig) -> int:
@@ -180,7 +172,7 @@ def _sizes(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfi
         if name == settings.reference:
             sizes[name, grid] = Size(None, target)
             continue
-        if not has_rank(config):
+        if not settings.has_rank(name):
             problems.append(f"methods.{name} has no r that budget parameters could choose; use budget none")
             continue
         choices = _choices(settings, settings.method(name), grid, config, target=target)

@@ -155,7 +155,9 @@ def _equal(found: Standings) -> Iterator[str]:
     trained = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
     match settings.budget:
         case Budget.RANK:
-            words = f"{equal}, and the total rank. Trained parameters: {trained}."
+            without = [name for name in sizes if not settings.has_rank(name)]
+            but = f" (but of {', '.join(without)}, without one)" if without else ""
+            words = f"{equal}, and the total rank{but}. Trained parameters: {trained}."
         case Budget.PARAMETERS:
             apart = _largest_difference(sizes, settings.reference)
             chosen = ", ".join(f"{s.method} r {s.r}" for s in found.standings if s.r is not None)
