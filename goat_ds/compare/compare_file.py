@@ -34,9 +34,9 @@ OF_THE_COMPARISON = {
 """Flags of a run that the comparison sets itself, and where to say what they would say."""
 SAME_FOR_ALL = (
     *("model", "data", "eval_data", "split", "eval_split", "data_format", "max_length", "packing"),
-    *("micro_batch_size", "grad_accum_steps", "eval_steps"),
+    "eval_steps",
 )
-"""Flags that decide which tokens a step sees, and how it is judged: they stand under ``train`` only."""
+"""Flags that decide which tokens a run sees, and how it is judged: they stand under ``train`` only."""
 FLAGS = frozenset(f.name for f in dataclasses.fields(TrainConfig))
 WITHOUT_RANK = (Trained.FULL,)
 """Methods that train weights, not low-rank products whose total rank is ``r``."""
