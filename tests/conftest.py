@@ -22,6 +22,7 @@ LONGEST = (
     "train/test_elastic",
     "export/test_dense",
     "train/test_launch",
+    "compare/test_workers",
     "test_readme",
 )
 """Files whose tests take longest come first, so that no worker is alone with one of them at the end."""

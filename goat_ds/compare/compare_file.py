@@ -15,6 +15,7 @@ import yaml
 
 from goat_ds.errors import ConfigError, first_line, raise_if_any
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.methods import Method as Trained
 
 T = TypeVar("T")
 
@@ -33,10 +34,12 @@ OF_THE_COMPARISON = {
 """Flags of a run that the comparison sets itself, and where to say what they would say."""
 SAME_FOR_ALL = (
     *("model", "data", "eval_data", "split", "eval_split", "data_format", "max_length", "packing"),
-    *("micro_batch_size", "grad_accum_steps", "eval_steps"),
+    "eval_steps",
 )
-"""Flags that decide which tokens a step sees, and how it is judged: they stand under ``train`` only."""
+"""Flags that decide which tokens a run sees, and how it is judged: they stand under ``train`` only."""
 FLAGS = frozenset(f.name for f in dataclasses.fields(TrainConfig))
+WITHOUT_RANK = (Trained.FULL,)
+"""Methods that train weights, not low-rank products whose total rank is ``r``."""
 MOST_RUNS_OF_A_GRID = 1000
 
 
@@ -136,6 +139,11 @@ class CompareSettings:
     def method(self, name: str) -> Method:
         """Return a method by its name."""
         return next(method for method in self.methods if method.name == name)
+
+    def has_rank(self, name: str) -> bool:
+        """Whether the total rank of a method is ``r``."""
+        flags = self.train | self.method(name).flags
+        return flags.get("method") not in WITHOUT_RANK and flags.get("peft_config") is None
 
 
 def read_settings(path: Path) -> CompareSettings:
@@ -320,7 +328,7 @@ def _contradictions(settings: CompareSettings) -> Iterator[str]:
         for method in settings.methods:
             if "r" in method.grid:
                 yield f"methods.{method.name}.grid.r contradicts budget {settings.budget}; use budget none"
-            if settings.budget is Budget.PARAMETERS and "r" in method.flags and method.name != settings.reference:
+            if settings.budget is Budget.PARAMETERS and method.flags.get("r") and method.name != settings.reference:
                 yield (
                     f"methods.{method.name}.r ({method.flags['r']}) is what budget parameters chooses; leave it out, "
                     "or use another budget"

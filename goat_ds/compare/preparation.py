@@ -5,6 +5,7 @@ The checks are those of ``launch/train.py``, on every combination of flags and e
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,8 +21,6 @@ from goat_ds.train.inputs import read_inputs
 from goat_ds.train.resume import look
 
 Grid = tuple[tuple[str, Any], ...]
-WITHOUT_RANK = ("full", "full_moe")
-"""Values of ``method`` that train weights, not low-rank products."""
 
 
 class Size(NamedTuple):
@@ -53,7 +52,7 @@ def prepare(settings: CompareSettings) -> Sizes:
         raise_if_any(_unequal_ranks(settings, configs))
     for (name, _), config in configs.items():
         with found.of(name):
-            raise_if_any(_problems(config))
+            raise_if_any(_problems(settings, config))
     found.lines_of_all.extend(_problems_of_all(settings, next(iter(configs.values()))))
     raise_if_any(found.lines())
     return _sizes(settings, configs)
@@ -67,9 +66,14 @@ class Findings:
         self._methods: dict[str, list[str]] = {}
         self.lines_of_all: list[str] = []
 
-    def of(self, name: str) -> "_Collecting":
-        """Return a block that keeps what is raised in it as problems of a method."""
-        return _Collecting(self._methods, name)
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Keep what is raised in a block as problems of a method."""
+        try:
+            yield
+        except ConfigError as error:
+            for problem in error.problems:
+                self._methods.setdefault(problem, []).append(name)
 
     def lines(self) -> Iterator[str]:
         """Yield every problem once."""
@@ -79,49 +83,35 @@ class Findings:
         yield from self.lines_of_all
 
 
-class _Collecting:
-    def __init__(self, methods: dict[str, list[str]], name: str) -> None:
-        self._methods, self._name = methods, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if not isinstance(error, ConfigError):
-            return False
-        for problem in error.problems:
-            self._methods.setdefault(problem, []).append(self._name)
-        return True
-
-
 def _parsed(settings: CompareSettings, method: Method, grid: Grid) -> TrainConfig:
     """Return the settings of a method's runs at their longest, in a folder that is not there."""
     longest = settings.final.steps
     own = {"output_dir": str(settings.output_dir / "runs" / "checked"), "max_steps": longest}
+    # The lowest: no rate is refused because it is too high.
     own["learning_rate"] = method.rates[0]
     return config_of(flags_of(settings, method.name, grid, r=None) | own)
 
 
-def _problems(config: TrainConfig) -> Iterator[str]:
-    """Yield what is wrong with the runs of a method, but with the data."""
+def _problems(settings: CompareSettings, config: TrainConfig) -> Iterator[str]:
+    """Yield what is wrong with the runs of a method at each of their lengths, but with the data."""
     # Each run has a new folder; it is no business of these checks whether the comparison has been here before.
     config = dataclasses.replace(config, resume="auto")
     yield from preflight.problems(look(config), read_inputs(config))
+    if settings.screen is not None:
+        known = set(config.problems())
+        for rung in range(settings.screen.halvings + 1):
+            steps = settings.screen.steps_of(rung)
+            shorter = dataclasses.replace(config, max_steps=steps)
+            yield from (f"rung {rung} ({steps} steps): {line}" for line in shorter.problems() if line not in known)
 
 
 def _problems_of_all(settings: CompareSettings, config: TrainConfig) -> Iterator[str]:
-    """Yield what is wrong with what all runs share: the data, and the lengths of the stages."""
+    """Yield what is wrong with the data, which all runs share."""
     yield from preflight.data_problems(config)
     if settings.final.eval_data:
         yield from preflight.data_problems(dataclasses.replace(config, eval_data=settings.final.eval_data))
     if not config.eval_sources:
         yield "train.eval_data is required: methods are compared by their held-out loss"
-    if settings.screen is not None:
-        for rung in range(settings.screen.halvings + 1):
-            steps = settings.screen.steps_of(rung)
-            shorter = dataclasses.replace(config, max_steps=steps)
-            known = set(config.problems())
-            yield from (f"rung {rung} ({steps} steps): {line}" for line in shorter.problems() if line not in known)
 
 
 def _unequal_batches(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfig]) -> Iterator[str]:
@@ -133,7 +123,7 @@ def _unequal_batches(settings: CompareSettings, configs: dict[tuple[str, Grid], 
 
 
 def _unequal_ranks(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfig]) -> Iterator[str]:
-    own = {name: config.r for (name, _), config in configs.items() if has_rank(config)}
+    own = {name: config.r for (name, _), config in configs.items() if settings.has_rank(name)}
     for name, r in own.items():
         wanted = own.get(settings.reference, next(iter(own.values())))
         if r != wanted:
@@ -141,12 +131,6 @@ def _unequal_ranks(settings: CompareSettings, configs: dict[tuple[str, Grid], Tr
                 f"methods.{name}.r ({r}) is not the {wanted} of {settings.reference}; give the same r to all, or use "
                 "budget parameters or none"
             )
-
-
-def has_rank(config: TrainConfig) -> bool:
-    """Whether a method trains low-rank products whose total rank is ``r``."""
-    # Not every version of the settings knows other methods than GOAT's own.
-    return getattr(config, "method", None) not in WITHOUT_RANK and getattr(config, "peft_config", None) is None
 
 
 def num_trained(config: TrainConfig) -> int:
@@ -180,7 +164,7 @@ def _sizes(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfi
         if name == settings.reference:
             sizes[name, grid] = Size(None, target)
             continue
-        if not has_rank(config):
+        if not settings.has_rank(name):
             problems.append(f"methods.{name} has no r that budget parameters could choose; use budget none")
             continue
         choices = _choices(settings, settings.method(name), grid, config, target=target)

@@ -23,7 +23,7 @@ PLACES = frozenset(
     }
 )  # fmt: skip
 """Settings that do not change a run's losses."""
-BY_CONTENT = ("model", "data", "eval_data", "ds_config")
+BY_CONTENT = ("model", "data", "eval_data", "ds_config", "peft_config")
 """Settings that name something: what it contains counts, not its name."""
 WHOLE_BYTES = 2**20
 """Files of a folder up to so many bytes count by content, larger ones (weights) by name and size."""
@@ -107,6 +107,7 @@ def contents_of(config: TrainConfig) -> dict[str, Any]:
         "data": [identity(source) for source in config.train_sources],
         "eval_data": [identity(source) for source in config.eval_sources],
         "ds_config": raw,
+        "peft_config": config.peft_config and identity(config.peft_config),
     }
 
 

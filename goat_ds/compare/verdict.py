@@ -23,32 +23,39 @@ def sentences(found: Standings) -> Iterator[str]:
 
 def _advice(found: Standings) -> Iterator[str]:
     best, reference = found.standings[0], found.settings.reference
+    lead = best
     if found.of(reference) is None:
         yield f"{best.method} has the lowest mean, {_mean(best)}; {reference}, the reference, has none to compare."
     elif best.method == reference:
         yield f"{reference}, the reference, has the lowest mean held-out loss: {_mean(best)}. Keep it."
+    elif (better := _better_than_reference(found)) is not None:
+        lead = better
+        yield _taken(found, found.to_reference[better.method])
     else:
-        yield from _against_reference(found, best)
-    for other in found.standings[1:]:
-        difference = found.between(best.method, other.method)
-        if other.method != reference or best.method == reference:
-            yield _beside(best, other, difference)
+        words = _untold(best.method, reference, found.to_reference.get(best.method))
+        yield f"{best.method} has the lowest mean, {_mean(best)}, but {words} Until they do, keep {reference}."
+    for other in found.standings:
+        if other is not lead and (other.method != reference or best.method == reference):
+            yield _beside(lead, other, found.between(lead.method, other.method))
 
 
-def _against_reference(found: Standings, best: Standing) -> Iterator[str]:
-    """Yield whether the method with the lowest mean is better than the reference."""
-    reference = found.settings.reference
-    difference = found.to_reference.get(best.method)
-    if difference is not None and difference.is_seen:
-        assert difference.p_holm is not None
-        yield (
-            f"Take {best.method}: its held-out loss is lower than that of {reference} by {_size(difference)}, in "
-            f"{difference.paired.num_wins} of {difference.paired.num_pairs} pairs; {_comparisons(found)}."
-        )
-        return
-    yield (
-        f"{best.method} has the lowest mean, {_mean(best)}, but {_untold(best.method, reference, difference)} Until "
-        f"they do, keep {reference}."
+def _better_than_reference(found: Standings) -> Standing | None:
+    """Return the method with the lowest mean of those that the data tell to be better than the reference.
+
+    A noisier one may have a lower mean still, and not be told from either.
+    """
+    for standing in found.standings:
+        difference = found.to_reference.get(standing.method)
+        if difference is not None and difference.is_seen and difference.paired.mean < 0:
+            return standing
+    return None
+
+
+def _taken(found: Standings, difference: Difference) -> str:
+    paired = difference.paired
+    return (
+        f"Take {difference.ours}: its held-out loss is lower than that of {difference.theirs} by {_size(difference)}, "
+        f"in {paired.num_wins} of {paired.num_pairs} pairs; {_comparisons(found)}."
     )
 
 
@@ -57,10 +64,10 @@ def _comparisons(found: Standings) -> str:
     return "one comparison was made" if count == 1 else f"corrected for {count} comparisons (Holm)"
 
 
-def _beside(best: Standing, other: Standing, difference: Difference | None) -> str:
+def _beside(lead: Standing, other: Standing, difference: Difference | None) -> str:
     if difference is not None and difference.is_seen:
-        return f"{other.method} is worse than {best.method} by {_size(difference)}."
-    words = _untold(best.method, other.method, difference)
+        return f"{difference.theirs} is worse than {difference.ours} by {_size(difference)}."
+    words = _untold(lead.method, other.method, difference)
     return words[0].upper() + words[1:]
 
 
@@ -155,7 +162,9 @@ def _equal(found: Standings) -> Iterator[str]:
     trained = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
     match settings.budget:
         case Budget.RANK:
-            words = f"{equal}, and the total rank. Trained parameters: {trained}."
+            without = [name for name in sizes if not settings.has_rank(name)]
+            but = f" (but of {', '.join(without)}, without one)" if without else ""
+            words = f"{equal}, and the total rank{but}. Trained parameters: {trained}."
         case Budget.PARAMETERS:
             apart = _largest_difference(sizes, settings.reference)
             chosen = ", ".join(f"{s.method} r {s.r}" for s in found.standings if s.r is not None)

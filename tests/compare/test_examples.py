@@ -39,16 +39,16 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
-def with_stand_ins(folder: Path, name: str) -> Path:
+def with_stand_ins(folder: Path, example: Path) -> Path:
     """Write an example with a base and data that are here; return its path."""
-    content = yaml.safe_load((EXAMPLES / name).read_text())
+    content = yaml.safe_load(example.read_text())
     if "model" in content["train"]:
         heldout = [str(demo.heldout_data())]
         content["train"] |= {"model": stand_in(folder, "llama"), "data": [str(demo.train_data())], "eval_data": heldout}
         content["final"]["eval_data"] = heldout
     content["output_dir"] = str(folder / "out")
-    (folder / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    return folder / name
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "compare.yaml"
 
 
 def test_every_comparison_is_named_in_the_table_of_examples() -> None:
@@ -68,7 +68,7 @@ def test_its_commands_name_it(name: str) -> None:
 def test_the_checks_of_every_run_find_nothing_wrong(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert program.main(["--config", str(with_stand_ins(tmp_path, name)), "--dry_run"]) == 0
+    assert program.main(["--config", str(with_stand_ins(tmp_path, EXAMPLES / name)), "--dry_run"]) == 0
     assert "together: " in capsys.readouterr().out
 
 
@@ -91,6 +91,15 @@ def test_the_largest_run_of_the_day_fits_one_gpu_of_80_gb(tmp_path: Path) -> Non
     inputs = read_inputs(config, world_size=1)
     assert list(preflight.plan_problems(inputs)) == []
     assert preflight.planner_of(inputs).fits(80, 1)
+
+
+def test_the_file_that_the_page_shows_can_be_compared(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "compare.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "page.yaml").write_text(block)
+    settings = read_settings(tmp_path / "page.yaml")
+    assert [method.name for method in settings.methods if not settings.has_rank(method.name)] == ["full"]
+    sizes = prepare(read_settings(with_stand_ins(tmp_path, tmp_path / "page.yaml")))
+    assert [grid for name, grid in sizes if name == "goat"] == [(("rho", 1),), (("rho", 10),)]
 
 
 def test_the_demo_compares_equal_ranks() -> None:

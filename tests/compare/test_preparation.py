@@ -15,7 +15,7 @@ from goat_ds.compare.preparation import Size, prepare
 from goat_ds.errors import ConfigError
 from tests.compare.helpers import TINY, read
 
-LORA = TINY["methods"]["lora"]
+LORA, GOAT = TINY["methods"]["lora"], TINY["methods"]["goat"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,12 @@ def test_nothing_is_wrong_with_the_tiny_comparison_and_sizes_are_those_of_peft(t
 
 
 def test_problems_of_all_methods_come_at_once_each_said_once(tmp_path: Path) -> None:
-    methods = {"lora": LORA | {"rho": 3}, "goat": {"top_k": 9}, "other": {"top_k": 9}}
+    goat = {"num_experts": 4, "top_k": 9}
+    methods = {"lora": LORA | {"rho": 3}, "goat": goat, "other": goat}
     problems = refused(tmp_path, methods=methods, train=TINY["train"] | {"weight_decay": "much"})
     assert problems == ["train: argument --weight_decay/--weight-decay: invalid float value: 'much'"]
     problems = refused(tmp_path, methods=methods)
-    assert problems[0].startswith("methods.lora: rho (3.0) has no effect with init zero")
+    assert problems[0].startswith("methods.lora: rho (3.0) has no effect with method lora")
     assert len(problems) == 1
     del methods["lora"]["rho"]
     assert refused(tmp_path, methods=methods) == ["methods.goat, other: top_k (9) must be at most num_experts (4)"]
@@ -54,7 +55,7 @@ def test_base_data_and_ds_config_are_checked_as_a_run_checks_them(tmp_path: Path
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"colour": "red"}\n')
     train = {"ds_config": "no.json", "model": str(tmp_path), "data": [str(bad)], "eval_data": [str(bad)]}
-    problems = refused(tmp_path, train=train, methods={"lora": LORA | {"target_modules": ["q_porj"]}, "goat": {}})
+    problems = refused(tmp_path, train=train, methods={"lora": LORA | {"target_modules": ["q_porj"]}, "goat": GOAT})
     printed = "\n".join(problems)
     for words in ("train: ds_config (no.json) does not exist", f"train: model ({tmp_path})", "bad.jsonl line 1"):
         assert words in printed, printed
@@ -69,7 +70,7 @@ def test_held_out_data_are_needed(tmp_path: Path) -> None:
 
 def test_a_warm_up_that_a_short_rung_has_no_room_for_is_found_before_the_first_run(tmp_path: Path) -> None:
     problems = refused(tmp_path, train=TINY["train"] | {"warmup_steps": 3})
-    assert problems == ["rung 0 (2 steps): warmup_steps (3) must be below max_steps (2)"]
+    assert problems == ["train: rung 0 (2 steps): warmup_steps (3) must be below max_steps (2)"]
 
 
 def test_other_held_out_data_of_the_final_are_checked(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_other_held_out_data_of_the_final_are_checked(tmp_path: Path) -> None:
 
 
 def test_equal_rank_is_refused_where_ranks_differ(tmp_path: Path) -> None:
-    methods = {"lora": LORA | {"r": 16}, "goat": {}}
+    methods = {"lora": LORA | {"r": 16}, "goat": GOAT}
     (problem,) = refused(tmp_path, methods=methods)
     assert problem.startswith("methods.goat.r (8) is not the 16 of lora; give the same r to all")
     assert prepare(read(tmp_path, methods=methods, budget="none"))["lora", ()].num_trained > 0
@@ -109,8 +110,10 @@ def test_equal_parameters_are_refused_where_no_rank_comes_near(tmp_path: Path) -
 
 
 def test_steps_of_other_batches_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"methods\.goat\.grad_accum_steps is set by the comparison"):
-        read(tmp_path, methods={"lora": LORA, "goat": {"grad_accum_steps": 2}})
+    methods = {"lora": LORA, "goat": GOAT | {"grad_accum_steps": 2}}
+    assert refused(tmp_path, methods=methods) == ["methods.goat has steps of 2 packs and lora of 1; give both the same"]
+    # The same packs in fewer forwards are the same batches.
+    prepare(read(tmp_path, methods={"lora": LORA | {"micro_batch_size": 2}, "goat": methods["goat"]}))
 
 
 # -- the search for a rank
@@ -149,3 +152,28 @@ def test_a_problem_of_every_method_is_reported_under_train(tmp_path: Path) -> No
     raw.write_text(json.dumps({"train_batch_size": 17}))
     problems = refused(tmp_path, train=TINY["train"] | {"ds_config": str(raw)})
     assert problems and all(problem.startswith("train: ") for problem in problems)
+
+
+def test_rivals_of_every_kind_are_compared_and_full_fine_tuning_has_no_rank(tmp_path: Path) -> None:
+    config = tmp_path / "peft.json"
+    config.write_text(
+        json.dumps(
+            {
+                "peft_type": "IA3",
+                "task_type": "CAUSAL_LM",
+                "target_modules": ["k_proj", "v_proj", "down_proj"],
+                "feedforward_modules": ["down_proj"],
+            }
+        )
+    )
+    names = ("lora", "dora", "pissa", "lora_plus", "molora")
+    methods: dict[str, Any] = {name: {"method": name} for name in names} | {"goat": GOAT}
+    methods |= {"full": {"method": "full", "r": None}, "ia3": {"peft_config": str(config), "r": None}}
+    settings = read(tmp_path, methods=methods)
+    assert [method.name for method in settings.methods if not settings.has_rank(method.name)] == ["full", "ia3"]
+    sizes = {name: size.num_trained for (name, _), size in prepare(settings).items()}
+    base = AutoModelForCausalLM.from_pretrained(demo.base_path())
+    assert sizes["full"] == base.num_parameters()
+    assert sizes["ia3"] < sizes["lora"] == sizes["lora_plus"] == sizes["pissa"] < sizes["dora"] < sizes["molora"]
+    (problem,) = refused(tmp_path, methods={"lora": LORA, "full": methods["full"]}, budget="parameters")
+    assert problem == "methods.full has no r that budget parameters could choose; use budget none"

@@ -114,6 +114,13 @@ def test_a_difference_that_only_the_correction_takes_away_is_said(tmp_path: Path
     assert "does not stand when corrected for all comparisons (Holm)" in words
 
 
+def test_a_method_that_is_surely_better_is_taken_before_a_noisy_one_with_a_lower_mean(tmp_path: Path) -> None:
+    noisy = [0.1, 1.5, 0.05, 0.9, 0.1]
+    words = said(tmp_path, {"lora": LORA, "dora": APART, "goat": noisy}).splitlines()
+    assert words[0].startswith("Take dora: its held-out loss is lower than that of lora by 0.4960")
+    assert words[1].startswith("These data do not tell dora from goat: the difference of 0.0940 [95 % interval -")
+
+
 def test_the_reference_is_kept_where_it_is_best(tmp_path: Path) -> None:
     words = said(tmp_path, {"lora": APART, "goat": LORA, "dora": LEVEL})
     assert words.startswith("lora, the reference, has the lowest mean held-out loss: 0.6240 ± 0.1260. Keep it.")
