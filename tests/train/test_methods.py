@@ -251,7 +251,6 @@ def test_every_method_has_a_config_of_its_own() -> None:
         ({"peft_type": "LORRA"}, r"peft_type \(LORRA\) must be one of .*LORA"),
         ({}, r"peft_type \(None\) must be one of"),
         ({"peft_type": "LORA", "rank": 3}, r"rank is no setting of LORA"),
-        ({"peft_type": "LORA", "init_lora_weights": "magic"}, r"init_lora_weights|Unknown initialization"),
     ],
 )
 def test_a_peft_config_with_a_mistake_is_refused(values: dict[str, Any], words: str) -> None:
