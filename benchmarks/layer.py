@@ -1,4 +1,4 @@
-"""What does one GoatLayer cost, against its frozen layer alone and against PEFT's LoRA of the same rank?
+"""What does one GoatLayer cost, against its frozen layer alone, PEFT's LoRA of the same rank, and with options?
 
     python benchmarks/layer.py [--tokens 1024] [--repetitions 11] [--shape "LLaMA-3-8B q"]
 
@@ -32,6 +32,14 @@ LLAMA = {  # in features, out features
 GEMMA = {"Gemma-3-270M up": (640, 2048), "Gemma-3-270M down": (2048, 640)}
 SHAPES = LLAMA | GEMMA
 RESIDUALS = {"lowrank": ("low-rank residual", 1.25), "fold": ("folded residual", 1.05)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all experts by their probabilities": {"top_k": NUM_EXPERTS},
+    "a gated residual": {"residual": "gated"},
+    "top_p routing": {"routing": "top_p"},
+    "threshold routing": {"routing": "threshold"},
+    "router noise and expert dropout": {"router_noise": 1.0, "expert_dropout": 0.1},
+}
+"""What may cost a little more than the default."""
 
 
 class Pair(NamedTuple):
@@ -71,6 +79,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
             )
             question = f"one {shape} layer ({out_in}), {words}, against PEFT's LoRA"
             yield timed(question, pair, at_most=at_most, repetitions=arguments.repetitions)
+        for words, options in OPTIONS.items():
+            pair = pair_of(shape, lambda w, options=options: goat(w, **options), goat, num_tokens=arguments.tokens)
+            question = f"one {shape} layer ({out_in}), {words}, against top_k {TOP_K} and a low-rank residual"
+            yield timed(question, pair, at_most=1.15, repetitions=arguments.repetitions)
         for dropout, words in ((0.0, ""), (DROPOUT, f", dropout {DROPOUT}")):
             pair = pair_of(
                 shape,
@@ -110,17 +122,10 @@ def lora(weight_OI: Tensor, *, dropout: float = 0.0) -> Any:
     return get_peft_model(linear(weight_OI), config, autocast_adapter_dtype=False).base_model.model["layer"]  # type: ignore[arg-type]
 
 
-def goat(weight_OI: Tensor, *, residual: str = "lowrank", dropout: float = 0.0) -> Any:
+def goat(weight_OI: Tensor, **options: Any) -> Any:
     """Return the layer with experts, filled with anything: what it costs does not depend on it."""
-    config = GoatConfig(
-        r=R,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        residual=residual,
-        dropout=dropout,
-        target_modules=["layer"],
-        deferred=True,
-    )
+    settings = {"r": R, "num_experts": NUM_EXPERTS, "top_k": TOP_K} | options
+    config = GoatConfig(**settings, target_modules=["layer"], deferred=True)
     layer: Any = get_peft_model(linear(weight_OI), config, autocast_adapter_dtype=False).base_model.model["layer"]  # type: ignore[arg-type]
     experts = layer.goat_experts["default"]
     for parameter in experts.parameters():
