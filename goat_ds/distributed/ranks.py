@@ -90,6 +90,12 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_on_(owner: int, tensor: Tensor) -> None:
+    """Add a tensor up over all ranks in place on one of them; the others' mean nothing afterwards. A collective."""
+    if get_world_size() > 1:
+        torch.distributed.reduce(tensor, dst=owner)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks, exactly in float64. A collective."""
     return sum_over_ranks_(values.detach().to(device(), torch.float64, copy=True))

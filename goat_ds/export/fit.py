@@ -4,7 +4,6 @@ Shape letters: O out features, I in features, R gated ranks: the total rank, or 
 gates.
 """
 
-from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from goat_ds.errors import ExportError
 from goat_ds.export.calibration import Packs
 from goat_ds.export.trained import TRAINED, TrainedModel
 from goat_ds.method.dense_fit import FitSums, fit_dense, is_finite, mean_gates_form
-from goat_ds.tuner.fit_sums import FIT_SUMS_BYTES, fit_sums_in_passes
+from goat_ds.tuner.fit_sums import FIT_SUMS_BYTES, add_up_on, by_input, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
 
 
@@ -57,10 +56,12 @@ def fit_layers(trained: TrainedModel, packs: Packs, *, max_bytes: int = FIT_SUMS
     bar = tqdm(total=len(experts), desc="fit", unit="layer", disable=not ranks.is_first())
     fits = {}
     for sums in fit_sums_in_passes(experts, partial(_run, trained.model, packs), max_bytes=max_bytes):
-        _sum_over_ranks(sums)
-        for index, (path, own) in enumerate(sums.items()):
-            fits[path] = _fit(experts[path], own, owner=index % ranks.get_world_size())
-            bar.update()
+        for index, paths in enumerate(by_input(sums)):
+            owner = index % ranks.get_world_size()
+            add_up_on(owner, [sums[path] for path in paths])
+            for path in paths:
+                fits[path] = _fit(experts[path], sums[path], owner=owner)
+                bar.update()
     bar.close()
     return fits
 
@@ -69,17 +70,6 @@ def _run(model: Any, packs: Packs) -> None:
     for batch in packs.micro_batches(shared=True):
         # An adapted output layer is fitted where it counts, and any other computes no more than that.
         label_logits(model, batch.to(ranks.device()))
-
-
-def _sum_over_ranks(sums: Mapping[str, FitSums]) -> None:
-    summed: set[int] = set()
-    for own in sums.values():
-        if id(own.xx_II) not in summed:
-            summed.add(id(own.xx_II))
-            ranks.sum_over_ranks_(own.xx_II)
-        for tensor in (own.hx_RI, own.hh_RR, own.gates_E):
-            ranks.sum_over_ranks_(tensor)
-        own.num_tokens = int(ranks.sum_over_ranks_(torch.tensor(own.num_tokens, device=own.xx_II.device)))
 
 
 def _fit(experts: GoatExperts, sums: FitSums, *, owner: int) -> LayerFit:

@@ -6,7 +6,8 @@ and once for layers that see the same input, such as q, k and v.
 Shape letters: T tokens, I in features, R gated ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError
 from goat_ds.method.dense_fit import FitSums, add_input_sums_, mixture_sums
 from goat_ds.tuner.config import GoatConfig
@@ -152,3 +154,21 @@ def _gathering(layers: Mapping[str, GoatExperts], max_bytes: int, counts: Callab
 
 def _see(gatherer: _Gatherer, name: str, experts: nn.Module, args: tuple[Any, ...]) -> None:
     gatherer.see(name, experts, args)
+
+
+def by_input(fit_sums: Mapping[str, FitSums]) -> Iterator[list[str]]:
+    """Yield the names of layers that share an input, and so one ``xx_II``."""
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for name, layer_sums in fit_sums.items():
+        sharing[id(layer_sums.xx_II)].append(name)
+    yield from sharing.values()
+
+
+def add_up_on(owner: int, fit_sums: Sequence[FitSums]) -> None:
+    """Add the sums of layers with one input up over all ranks, for one of them; the count for all. A collective."""
+    num_tokens = int(ranks.sum_over_ranks(torch.tensor(fit_sums[0].num_tokens)))
+    ranks.sum_on_(owner, fit_sums[0].xx_II)
+    for layer_sums in fit_sums:
+        for part in (layer_sums.hx_RI, layer_sums.hh_RR, layer_sums.gates_E):
+            ranks.sum_on_(owner, part)
+        layer_sums.num_tokens = num_tokens

@@ -19,8 +19,7 @@ Shape letters: T tokens, I in features, O out features, E experts, N those that 
 
 import gc
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from goat_ds.errors import ConfigError, TrainingError
 from goat_ds.method.dense_fit import TOKENS_PER_FEATURE, FitSums, fit_dense, gated_factors, is_finite, parted_forms
 from goat_ds.method.scaling import residual_scale
 from goat_ds.method.spectrum import Factors
-from goat_ds.tuner.fit_sums import dense_goat_config, fit_sums_in_passes
+from goat_ds.tuner.fit_sums import add_up_on, by_input, dense_goat_config, fit_sums_in_passes
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import ADAPTER_NAME, named_experts
 from goat_ds.zero import engine as engines
@@ -207,10 +206,10 @@ def _fit_all(
     num_tokens = 0
     for fit_sums in fit_sums_in_passes(layers, run, counts=counts):
         here: dict[str, _Routed] = {}
-        for names in _by_input(fit_sums):
+        for names in by_input(fit_sums):
             owner = busy.index(min(busy))
             busy[owner] += len(names) * float(layers[names[0]].in_features) ** 3
-            _add_up_on(owner, [fit_sums[name] for name in names])
+            add_up_on(owner, [fit_sums[name] for name in names])
             num_tokens = max(num_tokens, fit_sums[names[0]].num_tokens)
             for name in names:
                 owners[name] = owner
@@ -221,24 +220,6 @@ def _fit_all(
         # A rank that fails here would leave the others waiting.
         mine |= ranks.agree(partial(_fit_here, here, fit_sums))
     return _Kept(owners, mine, num_tokens)
-
-
-def _by_input(fit_sums: Mapping[str, FitSums]) -> Iterator[list[str]]:
-    """Yield the names of layers that share an input, and so one ``xx_II``."""
-    sharing: dict[int, list[str]] = defaultdict(list)
-    for name, layer_sums in fit_sums.items():
-        sharing[id(layer_sums.xx_II)].append(name)
-    yield from sharing.values()
-
-
-def _add_up_on(owner: int, fit_sums: list[FitSums]) -> None:
-    """Add the sums of layers with one input up over all ranks, for one of them; the count for all. A collective."""
-    num_tokens = int(ranks.sum_over_ranks(torch.tensor(fit_sums[0].num_tokens)))
-    torch.distributed.reduce(fit_sums[0].xx_II, dst=owner)
-    for layer_sums in fit_sums:
-        for part in (layer_sums.hx_RI, layer_sums.hh_RR, layer_sums.gates_E):
-            torch.distributed.reduce(part, dst=owner)
-        layer_sums.num_tokens = num_tokens
 
 
 def _read(engine: DeepSpeedEngine, experts: GoatExperts) -> _Routed:
