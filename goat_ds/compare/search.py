@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from goat_ds.compare.compare_file import CompareSettings, Method, Point, rounded
+from goat_ds.compare.results import FAILED
 from goat_ds.compare.trials import FINAL, Trial
 from goat_ds.errors import TrainingError
 
@@ -149,9 +150,9 @@ class Search:
         self.num_missing = sum(trial not in self.outcomes for trial in asked)
         if self.num_missing:
             raise NotRun
-        if asked and all(self.outcomes[trial].row.get("status") == "failed" for trial in asked):
-            row = self.outcomes[asked[0]].row
-            raise TrainingError(f"every run of {asked[0].stage} failed; {row['id']}: {row['error']}")
+        rows = [outcome.row for trial, outcome in self.outcomes.items() if trial.stage == asked[0].stage]
+        if all(row["status"] == FAILED for row in rows):
+            raise TrainingError(f"every run of {asked[0].stage} failed; {rows[0]['id']}: {rows[0]['error']}")
 
     def _check_any(self, alive: Mapping[str, Sequence[Point]], stage: str) -> None:
         for name, points in alive.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from goat_ds.compare.compare_file import Point
-from goat_ds.compare.search import Search, planned, rate_beyond
+from goat_ds.compare.search import Outcome, Search, planned, rate_beyond
 from goat_ds.compare.trials import Trial
 from goat_ds.errors import TrainingError
 from tests.compare.helpers import TINY, Recorder, outcome, read
@@ -123,11 +123,26 @@ def test_a_method_without_any_finite_loss_is_left_out_and_the_others_go_on(tmp_p
 
 
 def test_a_stage_that_fails_altogether_ends_the_search_with_what_a_run_has_said(tmp_path: Path) -> None:
-    def run_all(trials: Sequence[Trial]) -> dict[Trial, object]:
+    def run_all(trials: Sequence[Trial]) -> dict[Trial, Outcome]:
         return {trial: outcome(trial, math.inf, status="failed", error="out of memory") for trial in trials}
 
     with pytest.raises(TrainingError, match=r"every run of rung 0 failed; lora-0.001-2-0: out of memory"):
-        Search(read(tmp_path), run_all).run()  # type: ignore[arg-type]
+        Search(read(tmp_path), run_all).run()
+
+
+def test_a_rate_beyond_the_edge_that_fails_ends_nothing(tmp_path: Path) -> None:
+    def run_all(trials: Sequence[Trial]) -> dict[Trial, Outcome]:
+        return {
+            trial: outcome(trial, math.inf, status="failed", error="out of memory")
+            if trial.point.rate > 0.002
+            else outcome(trial, -trial.point.rate)
+            for trial in trials
+        }
+
+    search = Search(read(tmp_path, extend_edges=True), run_all)
+    search.run()
+    assert search.finalists == {"lora": [Point(0.002)], "goat": [Point(0.002)]}
+    assert [point.rate for point in search.tried["lora"]] == [0.001, 0.002, 0.004]
 
 
 def test_survivors_of_all_methods_get_the_same_seeds(tmp_path: Path) -> None:
@@ -151,10 +166,10 @@ def test_without_a_screen_every_point_is_in_the_final(tmp_path: Path) -> None:
 def test_a_search_stops_where_an_outcome_is_missing_and_keeps_what_is_there(tmp_path: Path) -> None:
     settings = read(tmp_path)
 
-    def look_up(trials: Sequence[Trial]) -> dict[Trial, object]:
+    def look_up(trials: Sequence[Trial]) -> dict[Trial, Outcome]:
         return {trial: outcome(trial, 1.0) for trial in trials if trial.seed != 3}
 
-    search = Search(settings, look_up)  # type: ignore[arg-type]
+    search = Search(settings, look_up)
     search.run()
     assert search.num_missing == 2 and len(search.outcomes) == 4 + 4
 
