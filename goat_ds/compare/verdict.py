@@ -133,7 +133,10 @@ def _warnings(found: Standings) -> Iterator[str]:
         yield f"Warning: runs of the final were made on different devices: {'; '.join(sorted(devices))}."
     versions = {str(sorted(row["versions"].items())) for standing in found.standings for row in standing.rows.values()}
     if len(versions) > 1:
-        yield "Warning: runs of the final were made with different versions of the libraries; results.jsonl has them."
+        yield (
+            "Warning: runs of the final were made with different versions of the libraries or of this code, as "
+            "results.jsonl says; with a new output_dir all are made by one."
+        )
 
 
 def _warnings_of(standing: Standing) -> Iterator[str]:

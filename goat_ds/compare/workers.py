@@ -7,6 +7,7 @@ output_dir/runs/<id>/run/         the folder of the run itself, in the end witho
 """
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
@@ -40,6 +41,7 @@ from goat_ds.train.signals import INTERRUPTED
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("goat_ds", "torch", "transformers", "peft", "deepspeed")
+ROOMS_THAT_TRAIN = ("base", "data", "distributed", "method", "train", "tuner", "zero")
 LOOK_EVERY_S = 0.1
 PATIENCE_S = 60.0
 """Seconds that a run has to save itself when the comparison is asked to end."""
@@ -290,4 +292,12 @@ def _end(running: Sequence[Running]) -> None:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **libraries, "code": _code()}
+
+
+def _code() -> str:
+    """Return the state of the rooms that train: between two releases their arithmetic may change."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for room in ROOMS_THAT_TRAIN for path in (package / room).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

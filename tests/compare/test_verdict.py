@@ -167,6 +167,17 @@ def test_what_was_equal_is_said(budget: str, words: str, tmp_path: Path) -> None
     assert "Rates were chosen on the held-out data that the final is judged by" in printed
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"device": "another"}, "on different devices: another; none"), ({"versions": {"code": "1"}}, "or of this code")],
+)
+def test_runs_made_under_other_conditions_are_warned_of(more: dict[str, Any], words: str, tmp_path: Path) -> None:
+    search = searched(tmp_path, {"lora": LORA, "goat": APART})
+    changed = next(trial for trial in search.outcomes if trial.stage == FINAL)
+    search.outcomes[changed] = outcome(changed, 1.0, **more)
+    assert words in "\n".join(sentences(standings_of(search, sizes_of(search.settings))))
+
+
 def test_a_comparison_that_is_not_done_says_how_much_is_missing(tmp_path: Path) -> None:
     words = said(tmp_path, {"lora": LORA, "goat": APART[:3]})
     assert words.startswith("2 runs are still to be done: this is what the others say.\nTake goat")
