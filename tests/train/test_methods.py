@@ -17,6 +17,8 @@ from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset, prepare
 from goat_ds.errors import ConfigError
 from goat_ds.train.cli import parse
 from goat_ds.train.methods import Method
+from goat_ds.tuner.base_quantization import layers_to_quantize
+from goat_ds.tuner.quantized import Packing, pack, unpack
 from goat_ds.zero.adapters import config_from
 from goat_ds.zero.decompose import seed_of
 from tests.launching import FEW_HELDOUT, losses_of, metrics_of, run_many
@@ -43,9 +45,12 @@ RUNS: dict[str, dict[str, str]] = {
     "dora": OF_LORA | {"method": "dora"} | ZERO2,
     "full": {"method": "full"} | ZERO3,
     "full, zero1": {"method": "full", "ds_config": "ds_configs/zero1.json"},
+    "lora, 4-bit": OF_LORA | {"method": "lora", "load_in_4bit": "true", "gradient_checkpointing": "reentrant"} | ZERO3,
     "hira": {"peft_config": "hira.json"} | ZERO2,
     "lily": {"peft_config": "lily.json"} | ZERO2,
 }
+ON_ONE_RANK = ("lora", "lora, 4-bit", "full", "lily")
+"""Runs that go on from the middle on another number of ranks as well."""
 PEFT_CONFIGS = {
     "hira": {"peft_type": "HIRA", "r": R, "target_modules": ["q_proj", "up_proj"]},
     "lily": {"peft_type": "LILY", "r": R, "target_modules": ["q_proj", "up_proj"]},
@@ -76,9 +81,19 @@ def with_trailing_directions(base: Any, _: Any) -> Any:
     return model
 
 
+def on_a_base_in_4_bits(base: Any, config: Any) -> Any:
+    """QLoRA by its formula: LoRA on the values that the packed weights stand for."""
+    packing = Packing()
+    for _, layer in layers_to_quantize(base, kept=()):
+        weight: Any = layer.weight
+        weight.data = unpack(pack(weight.data, packing), packing, shape=tuple(weight.shape), dtype=torch.float32)
+    return fitted(base, config)
+
+
 PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "lora": (fitted, lora()),
     "rslora": (fitted, lora(use_rslora=True)),
+    "lora, 4-bit": (on_a_base_in_4_bits, lora()),
     "dora": (fitted, lora(use_dora=True)),
     "lora_plus": (fitted, lora()),
     "pissa": (fitted, lora(init_lora_weights="pissa")),
@@ -110,6 +125,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         flags_of(root / f"{name}, resumed", name, resume=str(root / name / f"checkpoint-{MIDDLE}")) for name in RUNS
     ]
     run_many([*whole, *resumed], world_size=2, folder=root / "lists")
+    on_one = [
+        flags_of(root / f"{name}, on one rank", name, resume=str(root / name / f"checkpoint-{MIDDLE}"))
+        for name in ON_ONE_RANK
+    ]
+    run_many(on_one, world_size=1, folder=root / "lists")
     return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
@@ -180,6 +200,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, folders: 
     assert evals[0] == evals[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_ONE_RANK)
+def test_a_run_goes_on_on_another_number_of_ranks(name: str, folders: dict[str, Path]) -> None:
+    resumed = losses_of(folders[f"{name}, on one rank"])
+    assert resumed == pytest.approx(losses_of(folders[name])[MIDDLE:], abs=1e-5)
+
+
 def reloaded(name: str, checkpoint: Path) -> Any:
     if name.startswith("full"):
         return AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
@@ -187,7 +214,8 @@ def reloaded(name: str, checkpoint: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+# PEFT's config has no word for a base in 4 bits.
+@pytest.mark.parametrize("name", [name for name in RUNS if "4-bit" not in name])
 @torch.no_grad()
 def test_what_was_saved_is_read_by_its_own_library_and_is_what_was_trained(name: str, folders: dict[str, Path]) -> None:
     model = reloaded(name, folders[name] / f"checkpoint-{NUM_STEPS}").eval()
