@@ -23,28 +23,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goat_ds.method.dropout import disturb_router_, dropout_mask, kept_share
+from goat_ds.method.dropout import dropout_mask, kept_share
 from goat_ds.method.input_gradient import Product, SummedGradient
-from goat_ds.method.routing import (
-    BalanceSignal,
-    Gates,
-    RouterLoad,
-    Routing,
-    balance_gradient,
-    logits_gradient,
-    real_token_weights,
-    router_load,
-    threshold_gates,
-    threshold_gradients,
-    top_k_gates,
-    top_p_gates,
+from goat_ds.method.router import (
+    RouterSettings,
+    gates_of,
+    has_wide_product,
+    prepare_logits_,
+    product_gradient,
+    stacked_router,
+    widened_logits,
 )
+from goat_ds.method.routing import BalanceSignal, Gates, RouterLoad, router_load
 from goat_ds.method.scaling import residual_scale
-
-WIDENED_BYTES = 2**20
-"""How much of a half-precision input is copied to fp32 at a time on a CPU: what stays in a core's own cache."""
-LAUNCHED_BYTES = 2**25
-"""The same on a device where every piece is two kernels to launch."""
 
 
 class MixtureFactors(NamedTuple):
@@ -67,50 +58,15 @@ class MixtureFactors(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureSettings:
+class MixtureSettings(RouterSettings):
     """What one layer's mixture computes with, besides its tensors."""
 
-    num_experts: int
-    """E."""
-    top_k: int
-    """Experts a token uses, with ``Routing.TOP_K``."""
     scale: float
     """s."""
-    balance_coef: float
-    """Weight of this layer's balance loss; 0 leaves it out of the gradient."""
     dropout: float = 0.0
     """Share of the input that the dropout mask zeroes; what is kept counts ``1 / (1 - dropout)``."""
-    routing: Routing = Routing.TOP_K
-    """How experts are chosen."""
-    top_p: float = 0.25
-    """Probability that the chosen experts reach together, with ``Routing.TOP_P``."""
-    max_threshold: float = 0.0
-    """The highest threshold, with ``Routing.THRESHOLD``."""
-    shared_experts: int = 0
-    """The first so many experts are always on, with a gate of 1."""
-    temperature: float = 1.0
-    """What the router's logits are divided by."""
-    router_noise: float = 0.0
-    """Standard deviation of the noise on the router's logits, where there is a seed for it."""
-    expert_dropout: float = 0.0
-    """Probability that an expert that can be chosen is left out for a token, where there is a seed for it."""
     mean_share: float = 1.0
     """Share of the residual that takes the mean gates; the rest takes the token's own."""
-
-    @property
-    def num_choices(self) -> int:
-        """N."""
-        return self.num_experts - self.shared_experts
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether every expert is kept for every token, so that no balance can be lost."""
-        return self.routing is Routing.TOP_K and self.top_k == self.num_choices and not self.expert_dropout
-
-    @property
-    def same_number(self) -> int | None:
-        """Experts that every token chooses; None: that number differs from token to token."""
-        return self.top_k if self.routing is Routing.TOP_K and not self.expert_dropout else None
 
 
 class MixtureOutput(NamedTuple):
@@ -135,7 +91,7 @@ def gated_activations(x_TI: Tensor, factors: MixtureFactors, settings: MixtureSe
     assert factors.router_EI is not None, "a layer without a router is dense already"
     alone = factors._replace(a0_RI=None, b0_OR=None)
     u_TR, _, logits_TC = _activations(x_TI, alone, settings, None, None)
-    gates = _gates(logits_TC, factors, settings)
+    gates = gates_of(logits_TC, settings)
     assert gates is not None
     shared_TE = gates.gates_TE.new_ones(len(x_TI), settings.shared_experts)
     gates_TE = torch.cat([shared_TE, gates.gates_TE], dim=1)
@@ -198,7 +154,7 @@ class _Mixture(torch.autograd.Function):
         factors = MixtureFactors(*tensors)  # type: ignore[arg-type]
         x_TI, base_TO = _by_token(x), _by_token(base)
         u_TG, u0_TR, logits_TC = _activations(x_TI, factors, settings, *seeds)
-        gates = _gates(logits_TC, factors, settings)
+        gates = gates_of(logits_TC, settings)
         spread = None if gates is None else _spread(factors, settings, like=gates.gates_TE)
         rank_gates_TG = _rank_gates(gates, spread, factors, settings, dtype=x.dtype)
         h_TS = _for_every_expert(u_TG, factors) * rank_gates_TG
@@ -231,7 +187,7 @@ class _Mixture(torch.autograd.Function):
         x_TI, grad_TO = _by_token(x), _by_token(grad)
         factors, settings, summed = MixtureFactors(*tensors), ctx.settings, ctx.summed
         needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _, needs_threshold, _ = ctx.needs_input_grad
-        gates = _gates(logits_TC, factors, settings)
+        gates = gates_of(logits_TC, settings)
         u_TG = _for_every_expert(u_TG, factors)
         rank_gates_TG = _rank_gates(gates, ctx.spread, factors, settings, dtype=x.dtype)
         grad_h_TS = grad_TO @ _stacked_b(factors, settings, grad.dtype)
@@ -341,8 +297,8 @@ def _activations(
     dropout_seed: int | None,
     router_seed: int | None,
 ) -> _Activations:
-    router_CI, is_dropped = _stacked_router(factors), dropout_seed is not None
-    is_apart = router_CI is not None and not _has_wide_product(x_TI, router_CI)
+    router_CI, is_dropped = stacked_router(factors.router_EI, factors.threshold_1I), dropout_seed is not None
+    is_apart = router_CI is not None and not has_wide_product(x_TI, router_CI)
     takes_gates = _takes_gates(factors, settings)
     a_GI = _gated_a(factors, settings)
     weights = (None if is_dropped else a_GI, None if takes_gates else factors.a0_RI, None if is_apart else router_CI)
@@ -351,13 +307,13 @@ def _activations(
         mask_TI = _mask(x_TI, settings, dropout_seed)
         u_TG = (_dropped(x_TI, mask_TI) @ a_GI.to(x_TI.dtype).T).div_(kept_share(settings.dropout))
     if router_CI is not None and is_apart:
-        logits_TC = _widened_logits(x_TI, router_CI)
+        logits_TC = widened_logits(x_TI, router_CI)
     assert u_TG is not None
     u0_TR = None if u0_TR is None else u0_TR.to(x_TI.dtype)
     if logits_TC is not None:
         # Tokens lie next to each other in memory, as _softmax wants them.
         logits_TC = logits_TC.T.clone(memory_format=torch.contiguous_format).T
-        _prepare_logits_(logits_TC, factors, settings, router_seed)
+        prepare_logits_(logits_TC, factors.threshold_bias_1, settings, seed=router_seed)
     return _Activations(u_TG.to(x_TI.dtype).contiguous(), u0_TR, logits_TC)
 
 
@@ -367,61 +323,6 @@ def _gated_a(factors: MixtureFactors, settings: MixtureSettings) -> Tensor:
         return factors.a_RI
     assert factors.a0_RI is not None
     return torch.cat([factors.a_RI - factors.a0_RI, factors.a0_RI])
-
-
-def _stacked_router(factors: MixtureFactors) -> Tensor | None:
-    """The router, and the threshold's weight below it where there is one ``[C, I]``."""
-    if factors.threshold_1I is None or factors.router_EI is None:
-        return factors.router_EI
-    return torch.cat([factors.router_EI, factors.threshold_1I])
-
-
-def _prepare_logits_(
-    logits_TC: Tensor, factors: MixtureFactors, settings: MixtureSettings, router_seed: int | None
-) -> None:
-    """Turn the router's product into what gates are computed from, in place: backward then needs nothing random."""
-    logits_TN, threshold_logits_T = _parted_logits(logits_TC, factors)
-    if threshold_logits_T is not None and factors.threshold_bias_1 is not None:
-        threshold_logits_T.add_(factors.threshold_bias_1)
-    if settings.temperature != 1:
-        logits_TN.div_(settings.temperature)
-    if router_seed is not None:
-        # Noise stands before the division by the temperature.
-        noise = settings.router_noise / settings.temperature
-        disturb_router_(logits_TN, noise=noise, expert_dropout=settings.expert_dropout, seed=router_seed)
-
-
-def _parted_logits(logits_TC: Tensor, factors: MixtureFactors) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of the experts ``[T, N]``, and that of the threshold ``[T]`` where there is one."""
-    if factors.threshold_1I is None:
-        return logits_TC, None
-    return logits_TC[:, :-1], logits_TC[:, -1]
-
-
-def _gates(logits_TC: Tensor | None, factors: MixtureFactors, settings: MixtureSettings) -> Gates | None:
-    if logits_TC is None:
-        return None
-    logits_TN, threshold_logits_T = _parted_logits(logits_TC, factors)
-    match settings.routing:
-        case Routing.TOP_K:
-            gates = top_k_gates(logits_TN, top_k=settings.top_k)
-        case Routing.TOP_P:
-            gates = top_p_gates(logits_TN, top_p=settings.top_p)
-        case Routing.THRESHOLD:
-            assert threshold_logits_T is not None
-            gates = threshold_gates(logits_TN, threshold_logits_T, max_threshold=settings.max_threshold)
-    if settings.expert_dropout:
-        # Where more experts are left out than top_k leaves, some of those are among the k.
-        gates = gates._replace(kept_TE=gates.kept_TE & (logits_TN > -torch.inf))
-    return gates
-
-
-def _has_wide_product(x_TI: Tensor, router_EI: Tensor) -> bool:
-    """Whether one product with ``x`` can give the logits in fp32 or better along with the rest."""
-    # Rounded to bf16, logits would tie or swap experts whose logits differ by less than 1/256 of their size. Of torch's
-    # back ends CUDA's gives a half-precision product in fp32.
-    is_half = x_TI.dtype != torch.promote_types(x_TI.dtype, torch.float32)
-    return not is_half or (x_TI.is_cuda and router_EI.dtype == x_TI.dtype)
 
 
 def _products(x_TI: Tensor, weights: Sequence[Tensor | None], *, wide: bool) -> list[Tensor | None]:
@@ -436,19 +337,6 @@ def _products(x_TI: Tensor, weights: Sequence[Tensor | None], *, wide: bool) -> 
         product_TG = x_TI @ stacked_IG
     parts = iter(product_TG.split([len(weight) for weight in there], dim=1))
     return [None if weight is None else next(parts) for weight in weights]
-
-
-def _widened_logits(x_TI: Tensor, router_EI: Tensor) -> Tensor:
-    """Return the logits of half-precision ``x`` in fp32, copying a piece of it at a time; memory is ``[E, T]``."""
-    wide, (num_tokens, in_features) = torch.float32, x_TI.shape
-    router_EI = router_EI.to(wide)
-    num_bytes = WIDENED_BYTES if x_TI.device.type == "cpu" else LAUNCHED_BYTES
-    piece_PI = x_TI.new_empty(min(num_tokens, max(1, num_bytes // (4 * in_features))), in_features, dtype=wide)
-    # A product with few rows is twice as fast as one with few columns.
-    logits_ET = x_TI.new_empty(len(router_EI), num_tokens, dtype=wide)
-    for x_PI, logits_EP in zip(x_TI.split(len(piece_PI)), logits_ET.split(len(piece_PI), dim=1), strict=True):
-        torch.mm(router_EI, piece_PI[: len(x_PI)].copy_(x_PI).T, out=logits_EP)
-    return logits_ET.T
 
 
 def _stacked_b(factors: MixtureFactors, settings: MixtureSettings, dtype: torch.dtype) -> Tensor:
@@ -536,30 +424,15 @@ def _rank_gradients(
         if u0_TR is not None:
             grad_gates_TG -= (1 - settings.mean_share) * grad_h_TS[:, num_gated:] * u0_TR
         grad_gates_NT = ctx.spread.spread_NG @ grad_gates_TG.to(gates.gates_TE.dtype).T
-        grad_logits_TC = _logits_gradient(ctx, gates, grad_gates_NT.T).to(u_TG.dtype)
+        grad_logits_TC = product_gradient(
+            gates, grad_gates_NT.T, settings, share_E=ctx.share_E, mask_T=ctx.mask_T, signal=ctx.signal
+        ).to(u_TG.dtype)
     grad_u_TG = grad_h_TS[:, :num_gated] * rank_gates_TG
     if ctx.dropout_seed is not None:
         grad_u_TG.div_(kept_share(settings.dropout))
     if len(factors.a_RI) < factors.b_OR.shape[1]:
         grad_u_TG = grad_u_TG.unflatten(1, (settings.num_experts, -1)).sum(dim=1)
     return _RankGradients(grad_u_TG, grad_logits_TC, grad_u0_TR)
-
-
-def _logits_gradient(ctx: Any, gates: Gates, grad_gates_TN: Tensor) -> Tensor:
-    """Return the gradient of the router's product ``[T, C]``."""
-    settings, grad_balance_TN = ctx.settings, None
-    if settings.balance_coef and not settings.keeps_all:
-        weight_T = real_token_weights(gates.probs_TE, ctx.mask_T) * ctx.signal.take_upstream(like=gates.probs_TE)
-        grad_balance_TN = balance_gradient(gates, ctx.share_E, weight_T * settings.balance_coef)
-    if gates.threshold_T is None:
-        grad_TN = logits_gradient(
-            gates.gates_TE, gates.probs_TE, grad_gates_TE=grad_gates_TN, grad_probs_TE=grad_balance_TN
-        )
-        return grad_TN if settings.temperature == 1 else grad_TN / settings.temperature
-    grad_TN, grad_threshold_T = threshold_gradients(
-        gates, max_threshold=settings.max_threshold, grad_gates_TE=grad_gates_TN, grad_over_TE=grad_balance_TN
-    )
-    return torch.cat([grad_TN / settings.temperature, grad_threshold_T[:, None]], dim=1)
 
 
 def _summed_over_tokens(few_TG: Tensor, many_TI: Tensor) -> Tensor:
@@ -609,7 +482,8 @@ def _input_gradient(
     grads: _RankGradients, factors: MixtureFactors, settings: MixtureSettings, mask_TI: Tensor | None
 ) -> Tensor | Product:
     dtype = grads.u_TG.dtype
-    into_x = zip(grads, (_gated_a(factors, settings), _stacked_router(factors), factors.a0_RI), strict=True)
+    router_CI = stacked_router(factors.router_EI, factors.threshold_1I)
+    into_x = zip(grads, (_gated_a(factors, settings), router_CI, factors.a0_RI), strict=True)
     pairs = [(grad, weight.to(dtype)) for grad, weight in into_x if grad is not None and weight is not None]
     if mask_TI is None:
         return Product(torch.cat([grad for grad, _ in pairs], dim=1), torch.cat([weight for _, weight in pairs]))

@@ -153,7 +153,7 @@ def test_an_infinite_preference_for_one_expert_is_finite_in_value_and_gradient()
 
 def half_precision_run(monkeypatch: pytest.MonkeyPatch, *, widened: int) -> list[Tensor]:
     """Run 3-D bf16 input through the fast form, widened for the router so many tokens at a time."""
-    monkeypatch.setattr("goat_ds.method.mixture.WIDENED_BYTES", widened * IN * 4)
+    monkeypatch.setattr("goat_ds.method.router.WIDENED_BYTES", widened * IN * 4)
     torch.manual_seed(0)
     a, b, a0, b0, router = (draw(*shape).bfloat16() for shape in ((R, IN), (OUT, R), (R, IN), (OUT, R), (2, IN)))
     x, base = draw(3, 7, IN).bfloat16().requires_grad_(), draw(3, 7, OUT).bfloat16()
