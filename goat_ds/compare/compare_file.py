@@ -38,7 +38,7 @@ SAME_FOR_ALL = (
 )
 """Flags that decide which tokens a run sees, and how it is judged: they stand under ``train`` only."""
 FLAGS = frozenset(f.name for f in dataclasses.fields(TrainConfig))
-WITHOUT_RANK = (Trained.FULL,)
+WITHOUT_RANK = (Trained.FULL, Trained.FULL_MOE)
 """Methods that train weights, not low-rank products whose total rank is ``r``."""
 MOST_RUNS_OF_A_GRID = 1000
 

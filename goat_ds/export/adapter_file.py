@@ -28,7 +28,7 @@ KEY_PREFIX = "base_model.model."
 TENSOR_PREFIX = "goat_"
 ARITHMETIC = (
     "r", "num_experts", "top_k", "init", "scaling", "eta", "lora_alpha", "adaptive_scale", "residual", "routed",
-    "routing", "top_p", "max_threshold", "shared_experts", "temperature", "shared_A",
+    "routing", "top_p", "max_threshold", "shared_experts", "temperature", "shared_A", "full_rank",
 )  # fmt: skip
 
 
@@ -43,7 +43,8 @@ class Adapter:
     config: GoatConfig
     """Its settings."""
     layers: dict[str, dict[str, StoredTensor]]
-    """By module path in the base model: ``A``, ``B``, ``A0``, ``B0``, ``router``, ``s`` …; as the settings ask."""
+    """By module path in the base model: ``A``, ``B``, ``A0``, ``B0``, ``router``, ``s`` …; as the settings ask. Whole
+    experts are ``D`` and ``router``."""
     whole: dict[str, StoredTensor]
     """Parameters of ``modules_to_save``, by name in the base model; they replace the base's."""
 
@@ -59,7 +60,11 @@ class Adapter:
 
     def in_features(self, path: str) -> int:
         """Return ``I`` of one layer."""
-        return self.layers[path]["A"].shape[1]
+        return self._read_by_x(path).shape[-1]
+
+    def _read_by_x(self, path: str) -> StoredTensor:
+        """Return a tensor of one layer that multiplies its input."""
+        return self.layers[path]["D" if self.config.full_rank else "A"]
 
     @property
     def quantization(self) -> BaseQuantization | None:
@@ -73,13 +78,13 @@ class Adapter:
         if self.quantization is not None:
             recorded: torch.dtype = getattr(torch, self.quantization.dtype)
             return recorded
-        return next(iter(self.layers.values()))["A"].dtype
+        return self._read_by_x(next(iter(self.layers))).dtype
 
     def scale(self, path: str) -> float:
         """Return ``s`` of one layer; with GOAT-s it is the tensor ``s`` that counts."""
         return expert_scale(
             self.config.scaling,
-            in_features=self.layers[path]["A"].shape[1],
+            in_features=self.in_features(path),
             expert_rank=self.config.expert_rank,
             eta=self.config.eta,
             lora_alpha=self.config.lora_alpha,
@@ -117,6 +122,26 @@ def read_adapter(checkpoint: Path) -> Adapter:
     if problems:
         raise ExportError("\n".join([f"{path / WEIGHTS_NAME} is not a whole adapter:", *problems]))
     return Adapter(path=path, step=_step(path.parent), config=config, layers=layers, whole=whole)
+
+
+def read_low_rank(checkpoint: Path, *, mode: str) -> Adapter:
+    """Return an adapter as ``read_adapter`` does, if its experts are low-rank products.
+
+    Args:
+        checkpoint: As there.
+        mode: What is to be made of it.
+
+    Raises:
+        ConfigError: there is no adapter, or its experts are whole copies of the weights.
+        ExportError: it is not one of GOAT, or not whole.
+    """
+    adapter = read_adapter(checkpoint)
+    if adapter.config.full_rank:
+        raise ConfigError(
+            f"mode ({mode}) is for low-rank experts, and those of {adapter.path} are whole copies of the weights "
+            "(full_rank); use mode adapter"
+        )
+    return adapter
 
 
 def find_adapter(checkpoint: Path) -> Path:
@@ -210,12 +235,16 @@ def _layer_problems(layers: dict[str, dict[str, StoredTensor]], config: GoatConf
 
 
 def _expected_shapes(tensors: dict[str, StoredTensor], config: GoatConfig) -> dict[str, tuple[int, ...]]:
-    in_features = tensors["A"].shape[-1] if "A" in tensors and tensors["A"].shape else 0
-    out_features = tensors["B"].shape[0] if "B" in tensors and tensors["B"].shape else 0
-    a_shape, b_shape = (config.num_rows_A, in_features), (out_features, config.r)
-    shapes: dict[str, tuple[int, ...]] = {"A": a_shape, "B": b_shape}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.full_rank:
+        *_, out_features, in_features = (0, 0, *(tensors["D"].shape if "D" in tensors else ()))
+        shapes["D"] = (config.num_experts, out_features, in_features)
+    else:
+        in_features = tensors["A"].shape[-1] if "A" in tensors and tensors["A"].shape else 0
+        out_features = tensors["B"].shape[0] if "B" in tensors and tensors["B"].shape else 0
+        shapes |= {"A": (config.num_rows_A, in_features), "B": (out_features, config.r)}
     if config.init.decomposes:
-        shapes |= {"A0": a_shape, "B0": b_shape}
+        shapes |= {"A0": shapes["A"], "B0": shapes["B"]}
     if config.num_experts > 1 and config.routed:
         shapes["router"] = (config.num_choices, in_features)
     if config.has_threshold:
@@ -242,5 +271,7 @@ def _whole_problems(whole: dict[str, StoredTensor], stray: list[str], config: Go
 
 
 def _settings(config: GoatConfig) -> str:
-    flags = ", ".join(f"{name} {str(getattr(config, name)).lower()}" for name in ("adaptive_scale", "routed"))
+    flags = ", ".join(
+        f"{name} {str(getattr(config, name)).lower()}" for name in ("adaptive_scale", "full_rank", "routed")
+    )
     return f"init {config.init}, num_experts {config.num_experts}, {flags}"

@@ -17,6 +17,11 @@ METHOD = (
     "GOAT ([Make LoRA Great Again](https://arxiv.org/abs/2502.16894)) routes every token through a mixture of low-rank "
     "experts, each of which started from its own segment of the weights' singular spectrum."
 )
+WHOLE = (
+    "A mixture of whole copies of every adapted weight, which GOAT "
+    "([Make LoRA Great Again](https://arxiv.org/abs/2502.16894)) approximates by low-rank experts: a router mixes the "
+    "copies for every token, and each is stored as its difference from the weight of the base."
+)
 DENSE = (
     "The routers left before training ended, and the experts, fitted to what they gave on average, were trained on as "
     "one dense adapter: what they add to a layer is the same for every token."
@@ -152,11 +157,13 @@ def _card(adapter: Adapter, report: ExportReport, *, title: str, library: str, u
     data = ModelCardData(
         base_model=hub_name(adapter.config.base_model_name_or_path or ""),
         library_name=library,
-        tags=["goat", "lora", "mixture-of-experts"],
+        tags=["goat", *([] if adapter.config.full_rank else ["lora"]), "mixture-of-experts"],
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(adapter, report))
     table = f"## Training\n\n| | |\n|---|---|\n{rows}"
     method = METHOD if adapter.config.routed else f"{METHOD} {DENSE}"
+    if adapter.config.full_rank:
+        method = WHOLE
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{method}\n\n{use}\n{table}\n"
 
 
@@ -173,13 +180,11 @@ def _facts(adapter: Adapter, report: ExportReport) -> Iterator[tuple[str, Any]]:
     yield "adapted layers", len(adapter.layers)
     if adapter.whole:
         yield "trained whole", ", ".join(adapter.whole)
-    for name in ("r", "num_experts", "top_k", "routed", "init", "rho", "scaling"):
-        yield name, getattr(config, name)
-    if config.scaling == "theory":
-        yield "eta", config.eta
-    else:
-        yield "lora_alpha", config.lora_alpha
-    for name in ("adaptive_scale", "residual", "balance_coef", "dropout"):
+    of_scale = "eta" if config.scaling == "theory" else "lora_alpha"
+    names = ["r", "num_experts", "top_k", "routed", "init", "rho", "scaling", of_scale, "adaptive_scale", "residual"]
+    if config.full_rank:
+        names = ["full_rank", "num_experts", "top_k"]
+    for name in (*names, "balance_coef", "dropout"):
         yield name, getattr(config, name)
     defaults = {field.name: field.default for field in fields(config)}
     yield from ((name, getattr(config, name)) for name in OPTIONS if getattr(config, name) != defaults[name])

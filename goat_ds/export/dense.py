@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from goat_ds.data.sample import NUM_TOKENS
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, ExportError
-from goat_ds.export.adapter_file import Adapter, read_adapter
+from goat_ds.export.adapter_file import Adapter, read_low_rank
 from goat_ds.export.base_tensors import base_tensors, check_fit
 from goat_ds.export.calibration import NamedData, Packs, TokenSource, find_tokens, packs_of
 from goat_ds.export.card import dense_card, lora_card
@@ -160,7 +160,7 @@ def export_dense(
         ExportError: adapter or base is not whole, they do not fit each other, or the divergence is above ``max_kl``.
     """
     fitting = fitting or Fitting()
-    merge = _merge(checkpoint, output, base, merge_base, fitting, dtype)
+    merge = _merge(checkpoint, output, base, merge_base, fitting, dtype, mode="dense")
     tensors = dense_tensors(merge)
     # Laid out before anything expensive, so that a size that is none is refused at once.
     shards = plan_shards(tensors, max_shard_size)
@@ -192,7 +192,7 @@ def export_lora(
     A collective. Arguments, result and errors are those of ``export_dense``; factors are written in fp32.
     """
     fitting = fitting or Fitting()
-    merge = _merge(checkpoint, output, base, merge_base, fitting, dtype)
+    merge = _merge(checkpoint, output, base, merge_base, fitting, dtype, mode="lora")
     if merge.initial_is_packed:
         raise ConfigError(
             "merge_base (dequant_w4): residual fold was packed into the 4-bit weights, so no LoRA adapter of the base "
@@ -216,9 +216,11 @@ def _merge(
     merge_base: MergeBase | None,
     fitting: Fitting,
     dtype: torch.dtype | None,
+    *,
+    mode: str,
 ) -> Merge:
     check_new(Path(output))
-    adapter = read_adapter(Path(checkpoint))
+    adapter = read_low_rank(Path(checkpoint), mode=mode)
     if problems := fitting.problems(routed=adapter.is_routed):
         raise ConfigError(*problems)
     found = find_base(adapter, base, weights=True)

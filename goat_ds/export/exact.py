@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from goat_ds.errors import ExportError
 from goat_ds.export import modeling_goat
-from goat_ds.export.adapter_file import Adapter, read_adapter
+from goat_ds.export.adapter_file import Adapter, read_low_rank
 from goat_ds.export.base_tensors import check_fit, tensors_to_write, trained_ties
 from goat_ds.export.card import exact_card
 from goat_ds.export.dequantize import MergeBase, choose_weights
@@ -50,7 +50,7 @@ def export_exact(
     """
     output = Path(output)
     check_new(output)
-    adapter = read_adapter(Path(checkpoint))
+    adapter = read_low_rank(Path(checkpoint), mode="exact")
     found = find_base(adapter, base, weights=True)
     check_fit(adapter, found.skeleton)
     merge_base = choose_weights(adapter, found, merge_base)

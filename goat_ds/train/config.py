@@ -386,8 +386,11 @@ class TrainConfig:
     def _rate_problems(self) -> Iterator[str]:
         if self.router_lr is not None and not self.routes:
             yield f"router_lr ({self.router_lr}) has no effect with {self._without_router}; leave it out"
-        if self.lr_ratio_B is not None and self.method is Method.FULL:
-            yield f"lr_ratio_B ({self.lr_ratio_B}) has no effect with method full, which has no factor B; leave it out"
+        if self.lr_ratio_B is not None and self.method in (Method.FULL, Method.FULL_MOE):
+            yield (
+                f"lr_ratio_B ({self.lr_ratio_B}) has no effect with method {self.method}, which has no factor B; leave "
+                "it out"
+            )
 
     def _finish_problems(self) -> Iterator[str]:
         if not 0 <= self.dense_finish < 1:
@@ -399,6 +402,11 @@ class TrainConfig:
             yield (
                 f"dense_finish ({self.dense_finish}) gives every expert a dense A of its own, and shared_A has one for "
                 "all; leave one of them out, or export the trained model with --mode dense"
+            )
+        if self.dense_finish and self.method is Method.FULL_MOE and self.routes:
+            yield (
+                f"dense_finish ({self.dense_finish}) fits low-rank experts, and those of method full_moe are whole "
+                "copies of the weights; leave it out"
             )
         if self.dense_finish and self.precision is Precision.FP16:
             yield f"dense_finish ({self.dense_finish}) would restart the loss scale of precision fp16; use bf16 or fp32"

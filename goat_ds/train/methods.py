@@ -44,6 +44,8 @@ class Method(StrEnum):
     """A mixture of LoRAs in which a threshold of the token's own decides how many count (arXiv 2405.00361)."""
     FULL = "full"
     """Every weight of the model, without an adapter."""
+    FULL_MOE = "full_moe"
+    """A mixture of whole copies of every adapted weight, for small models; GOAT approximates it (arXiv 2502.16894)."""
 
 
 class Rival(NamedTuple):
@@ -94,6 +96,11 @@ RIVALS: Mapping[Method, Rival] = {
     Method.HYDRALORA: _mixture(balance_coef=0.0, shared_A=True),
     Method.ADAMOLE: _mixture("balance_coef", "max_threshold", routing=Routing.THRESHOLD),
     Method.FULL: Rival(None, {}, {}),
+    Method.FULL_MOE: Rival(
+        GoatConfig,
+        _same("num_experts", "top_k", "balance_coef", "dropout", *LAYERS),
+        {"init": Init.ZERO, "full_rank": True},
+    ),
 }
 """All but GOAT, of which every flag of the adapter counts."""
 

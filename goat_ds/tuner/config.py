@@ -33,6 +33,10 @@ class Residual(StrEnum):
     """As a frozen low-rank term that takes the token's own gates: the start is the base, whatever the router says."""
 
 
+OF_LOW_RANK = ("r", "scaling", "eta", "lora_alpha", "rho", "adaptive_scale", "residual", "shared_A", "rho_warmup_steps")
+"""Settings that say nothing about experts that are whole matrices."""
+
+
 @dataclass
 class GoatConfig(PeftConfig):
     """Settings of one GOAT adapter (arXiv 2502.16894).
@@ -54,6 +58,8 @@ class GoatConfig(PeftConfig):
         expert_dropout: Probability that an expert is left out for a token in training; never all of them.
         router_noise: Standard deviation of the noise on the router's logits in training.
         shared_A: One ``A`` of ``r / num_experts`` rows for all experts, as HydraLoRA; needs init zero.
+        full_rank: Whole copies of the weight as experts, what a mixture of low-rank ones approximates; needs init
+            zero. They have neither rank nor scale, and take as much memory as so many trained weights.
         init: Where in the spectrum the experts start: goat, goat_mini, pissa, milora, pissa_milora or zero; or, with
             one expert, on the leading part of ``W = Q R`` (olora).
         scaling: Formula of ``s``: theory, alpha or rslora.
@@ -103,6 +109,7 @@ class GoatConfig(PeftConfig):
     expert_dropout: float = 0.0
     router_noise: float = 0.0
     shared_A: bool = False
+    full_rank: bool = False
     rho_warmup_steps: int = 0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -141,7 +148,7 @@ class GoatConfig(PeftConfig):
         for name in ("r", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be at least 1"
-        if self.num_experts >= 1 and self.r % self.num_experts:
+        if self.num_experts >= 1 and self.r % self.num_experts and self.full_rank is not True:
             yield f"num_experts ({self.num_experts}) must divide r ({self.r})"
         yield from self._choice_problems()
         for name in ("eta", "lora_alpha", "rho", "temperature"):
@@ -153,7 +160,9 @@ class GoatConfig(PeftConfig):
         for name in ("dropout", "expert_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} ({getattr(self, name)}) must be in [0, 1)"
-        yield from self._start_problems()
+        if type(self.full_rank) is not bool:
+            yield f"full_rank ({self.full_rank!r}) must be true or false"
+        yield from self._whole_problems() if self.full_rank is True else self._start_problems()
         if type(self.routed) is not bool:
             yield f"routed ({self.routed!r}) must be true or false"
         elif not self.routed and not self.deferred:
@@ -205,6 +214,16 @@ class GoatConfig(PeftConfig):
                 f"{self.residual} with init {self.init}; use residual lowrank with another init than zero, or leave it "
                 "out"
             )
+
+    def _whole_problems(self) -> Iterator[str]:
+        """Yield what does not go with experts that are whole matrices."""
+        if self.init != Init.ZERO:
+            yield f"full_rank starts every expert as a copy of the weight, and init is {self.init}; use init zero"
+        for name in OF_LOW_RANK:
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                yield f"{name} ({value}) has no effect with full_rank, whose experts have no factors; leave it out"
+        if self.routed is False:
+            yield "routed (False) is the dense form of low-rank experts, and full_rank has none; use True"
 
     def _not_numbers(self) -> Iterator[str]:
         for name in ("r", "num_experts", "top_k", "shared_experts", "rho_warmup_steps"):

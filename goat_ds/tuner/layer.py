@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from goat_ds.errors import ConfigError, MergeError
 from goat_ds.method.dense_fit import gated_factors
 from goat_ds.method.input_gradient import SummedGradient, sum_gradients
-from goat_ds.method.mixture import MixtureFactors, MixtureSettings, mixture
+from goat_ds.method.mixture import MixtureFactors, MixtureOutput, MixtureSettings, mixture
+from goat_ds.method.router import RouterSettings
 from goat_ds.method.routing import BalanceSignal
 from goat_ds.method.scaling import adaptive_scales, expert_scale, residual_scale
 from goat_ds.method.spectrum import (
@@ -58,19 +59,31 @@ class GoatExperts(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.ready = False
         self.folded = False
-        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        r, num_experts = config.r, config.num_experts
+        self._add_experts({"device": like.device, "dtype": like.dtype})
+
+    def _add_experts(self, place: dict[str, Any]) -> None:
+        config, r = self.config, self.config.r
+        in_features, out_features = self.in_features, self.out_features
         self.A = nn.Parameter(torch.empty(config.num_rows_A, in_features, **place))
         self.B = nn.Parameter(torch.empty(out_features, r, **place))
         has_initial = config.init.decomposes
         self.A0 = _frozen(torch.empty(r, in_features, **place)) if has_initial else None
         self.B0 = _frozen(torch.empty(out_features, r, **place)) if has_initial else None
-        has_router = num_experts > 1 and config.routed
+        self._add_router(place)
+        self.s = _frozen(torch.empty(config.num_experts, **place)) if config.adaptive_scale else None
+
+    def _add_router(self, place: dict[str, Any]) -> None:
+        config, in_features = self.config, self.in_features
+        has_router = config.num_experts > 1 and config.routed
         self.router = nn.Parameter(torch.empty(config.num_choices, in_features, **place)) if has_router else None
         has_threshold = config.has_threshold
         self.threshold = nn.Parameter(torch.empty(1, in_features, **place)) if has_threshold else None
         self.threshold_bias = nn.Parameter(torch.empty(1, **place)) if has_threshold else None
-        self.s = _frozen(torch.empty(num_experts, **place)) if config.adaptive_scale else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
 
     @property
     def scale(self) -> float:
@@ -129,6 +142,10 @@ class GoatExperts(nn.Module):
         if self.A0 is not None and self.B0 is not None:
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
+        self._start_router()
+        self.ready = True
+
+    def _start_router(self) -> None:
         if self.router is not None:
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         if self.threshold is not None and self.threshold_bias is not None:
@@ -136,7 +153,6 @@ class GoatExperts(nn.Module):
             nn.init.kaiming_uniform_(self.threshold, a=math.sqrt(5))
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.threshold_bias, -bound, bound)
-        self.ready = True
 
     def _scale_per_direction(self, directions: Directions) -> Tensor | float:
         if self.s is None:
@@ -203,22 +219,23 @@ class GoatExperts(nn.Module):
             )
         # Under autocast the base has chosen the dtype to compute in; the router's product must stay in fp32.
         x = x.to(base.dtype)
-        is_routed = self.router is not None
         with torch.autocast(device_type=x.device.type, enabled=False):
-            output = mixture(
-                x,
-                base,
-                self.factors(),
-                self.settings(),
-                signal=self.signal,
-                dropout_seed=self._seed(self.config.dropout),
-                router_seed=self._seed(self.config.router_noise or self.config.expert_dropout) if is_routed else None,
-                into_base=into_base,
-                summed=summed,
-            )
+            output = self._mixed(x, base, into_base=into_base, summed=summed)
         if output.load is not None:
             self.signal.record(self.name, output.load, coef=self._balance_coef())
         return output.y
+
+    def _mixed(self, x: Tensor, base: Tensor, **how: Any) -> MixtureOutput:
+        return mixture(
+            x,
+            base,
+            self.factors(),
+            self.settings(),
+            signal=self.signal,
+            dropout_seed=self._seed(self.config.dropout),
+            router_seed=self._router_seed(),
+            **how,
+        )
 
     def _residual_of(self, x: Tensor) -> Tensor:
         """Return ``W_res x``."""
@@ -262,13 +279,20 @@ class GoatExperts(nn.Module):
 
     def settings(self) -> MixtureSettings:
         """Return the numbers that the mixture computes with."""
-        config = self.config
         return MixtureSettings(
+            **vars(self.router_settings()),
+            scale=self.scale,
+            dropout=self.config.dropout,
+            mean_share=self._mean_share(),
+        )
+
+    def router_settings(self) -> RouterSettings:
+        """Return the numbers that the router computes with."""
+        config = self.config
+        return RouterSettings(
             num_experts=config.num_experts,
             top_k=config.top_k,
-            scale=self.scale,
             balance_coef=self._balance_coef() if self.training else 0.0,
-            dropout=config.dropout,
             routing=config.routing,
             top_p=config.top_p,
             max_threshold=config.max_threshold or 1 / config.num_choices,
@@ -276,7 +300,6 @@ class GoatExperts(nn.Module):
             temperature=config.temperature,
             router_noise=config.router_noise if self.training else 0.0,
             expert_dropout=config.expert_dropout if self.training else 0.0,
-            mean_share=self._mean_share(),
         )
 
     def _mean_share(self) -> float:
@@ -289,6 +312,10 @@ class GoatExperts(nn.Module):
         # A frozen router has no balance to train, and its loss would train the layers before it.
         is_frozen = self.training and self.router is not None and not self.router.requires_grad
         return 0.0 if is_frozen else self.config.balance_coef
+
+    def _router_seed(self) -> int | None:
+        is_routed = self.router is not None
+        return self._seed(self.config.router_noise or self.config.expert_dropout) if is_routed else None
 
     def _seed(self, chance: float) -> int | None:
         """Return the seed of something that happens by chance in training; None: it does not happen."""

@@ -26,6 +26,7 @@ from goat_ds.tuner.config import Residual
 from goat_ds.tuner.fingerprint import BaseFingerprint, fingerprint, sample_layer
 from goat_ds.tuner.layer import MERGE_REFUSAL, GoatExperts, GoatLayer, GoatLinear
 from goat_ds.tuner.quantized import QuantizedLinear, is_4bit, is_8bit, keep_trainable, packing_of
+from goat_ds.tuner.whole_experts import experts_of_kind
 
 PREFIX = "goat_"
 
@@ -193,7 +194,7 @@ class GoatModel(BaseTuner):
             layer = GoatLinear(target)
             self._replace_module(parent, target_name, layer, target)
         out_features, in_features = linear_shape(base)
-        experts = GoatExperts(
+        experts = experts_of_kind(
             peft_config,
             name=current_key if adapter_name == ADAPTER_NAME else f"{current_key}.{adapter_name}",
             in_features=in_features,

@@ -36,6 +36,7 @@ from goat_ds.tuner.fingerprint import BaseFingerprint, LayerSample, fingerprint,
 from goat_ds.tuner.layer import GoatExperts
 from goat_ds.tuner.model import ADAPTER_NAME, NamedExperts, linear_shape, named_experts
 from goat_ds.tuner.quantized import Packing, QuantizedLinear, pack, unpack
+from goat_ds.tuner.whole_experts import experts_of_kind
 from goat_ds.zero import partition, quantize
 from goat_ds.zero.quantize import Recipe
 from goat_ds.zero.waves import cost_of, waves
@@ -271,12 +272,12 @@ def _init_values(
     directions, from_cache = None, False
     if known is None and weight_OI is not None and experts.config.init.decomposes:
         directions, from_cache = directions_of(weight_OI, experts, cache=cache)
-    whole = GoatExperts(
+    whole = experts_of_kind(
         experts.config,
         name=experts.name,
         in_features=experts.in_features,
         out_features=experts.out_features,
-        like=torch.empty(0, dtype=experts.A.dtype, device=ranks.device()),
+        like=torch.empty(0, dtype=experts.dtype, device=ranks.device()),
         signal=experts.signal,
     )
     if known is None:

@@ -35,6 +35,8 @@ COMMON = {
     "warmup_steps": "0",
     "seed": str(SEED),
 }
+BALANCE = 0.1
+"""Large enough that a balance loss that is lost or counted twice would be seen."""
 OF_LORA = {"r": str(R), "lora_alpha": str(ALPHA)}
 ZERO2, ZERO3 = {"ds_config": "ds_configs/zero2.json"}, {"ds_config": "ds_configs/zero3.json"}
 SHARDED = ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
@@ -46,6 +48,7 @@ RUNS: dict[str, dict[str, str]] = {
     "full": {"method": "full"} | ZERO3,
     "full, zero1": {"method": "full", "ds_config": "ds_configs/zero1.json"},
     "lora, 4-bit": OF_LORA | {"method": "lora", "load_in_4bit": "true", "gradient_checkpointing": "reentrant"} | ZERO3,
+    "full_moe": {"method": "full_moe", "num_experts": "3", "top_k": "2", "balance_coef": str(BALANCE)} | ZERO3,
     "hira": {"peft_config": "hira.json"} | ZERO2,
     "lily": {"peft_config": "lily.json"} | ZERO2,
 }
@@ -90,6 +93,38 @@ def on_a_base_in_4_bits(base: Any, config: Any) -> Any:
     return fitted(base, config)
 
 
+class Copies(nn.Module):
+    """Whole copies of a layer's weight, mixed by the two most probable for the token; by autograd alone."""
+
+    def __init__(self, layer: nn.Linear, path: str, balances: list[Tensor]) -> None:
+        super().__init__()
+        self.copies = nn.Parameter(layer.weight.detach().repeat(3, 1, 1))
+        self.router = nn.Parameter(torch.empty(3, layer.in_features))
+        torch.manual_seed(seed_of(SEED, f"base_model.model.{path}"))
+        nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        self.balances = balances
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the copies make of ``x``."""
+        probs = (x @ self.router.T).softmax(dim=-1)
+        kept = torch.zeros_like(probs).scatter(-1, probs.topk(2).indices, 1.0)
+        gates = probs * kept / (probs * kept).sum(dim=-1, keepdim=True)
+        share, mean = (each.flatten(0, 1).mean(dim=0) for each in (kept, probs))
+        self.balances.append((3 / 2 * share * mean).sum())
+        return sum(gates[..., e, None] * (x @ self.copies[e].T) for e in range(3))
+
+
+def with_copies(base: Any, _: Any) -> Any:
+    """The mixture of whole weights by its formula; its balance losses wait in a list."""
+    base.requires_grad_(False)
+    base.balances = []
+    for path, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            assert layer.bias is None
+            base.set_submodule(path, Copies(layer, path, base.balances))
+    return base
+
+
 PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "lora": (fitted, lora()),
     "rslora": (fitted, lora(use_rslora=True)),
@@ -101,6 +136,7 @@ PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "milora": (with_trailing_directions, None),
     "full": (lambda base, _: base, None),
     "full, zero1": (lambda base, _: base, None),
+    "full_moe": (with_copies, None),
     "hira": (fitted, HiraConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
     "lily": (fitted, LilyConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
 }
@@ -171,7 +207,9 @@ def plain_losses(name: str, folder: Path) -> list[float]:
         loss = 0.0
         for row in batch.micro_batches:
             part = summed_loss(model, row) / batch.num_label_tokens
-            part.backward()
+            balances = getattr(model, "balances", [])
+            (part + BALANCE * sum(balances) / batch.num_real_micro_batches).backward()
+            balances.clear()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(by_name.values(), 1.0)
         optimizer.step()
@@ -208,7 +246,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(name: str, folders: dict[str, 
 
 
 def reloaded(name: str, checkpoint: Path) -> Any:
-    if name.startswith("full"):
+    if RUNS[name].get("method") == "full":
         return AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
     return AutoPeftModelForCausalLM.from_pretrained(checkpoint / "adapter", dtype=torch.float32)
 
@@ -250,6 +288,12 @@ def problems_of(*arguments: str) -> list[str]:
         (("--method", "pissa", "--init", "zero"), r"init (zero) is pissa in method pissa"),
         (("--method", "molora", "--top_k", "2"), r"top_k (2) has no effect with method molora"),
         (("--method", "full", "--r", "4"), r"r (4) has no effect with method full"),
+        (("--method", "full_moe", "--r", "4"), r"r (4) has no effect with method full_moe"),
+        (("--method", "full_moe", "--lora_alpha", "4"), r"lora_alpha (4.0) has no effect with method full_moe"),
+        (("--method", "full_moe", "--init", "pissa"), r"init (pissa) is zero in method full_moe"),
+        (("--method", "full_moe", "--lr_ratio_B", "4"), r"lr_ratio_B (4.0) has no effect with method full_moe"),
+        (("--method", "full_moe", "--dense_finish", "0.5"), r"dense_finish (0.5) fits low-rank experts, and those of"),
+        (("--method", "full_moe", "--top_k", "9"), r"top_k (9) must be at most num_experts (8)"),
         (("--method", "full", "--lr_ratio_B", "4"), r"lr_ratio_B (4.0) has no effect with method full"),
         (("--method", "lora", "--router_lr", "1e-3"), r"router_lr (0.001) has no effect with method lora"),
         (("--method", "lora", "--dense_finish", "0.5"), r"dense_finish (0.5) has no effect with method lora"),

@@ -60,6 +60,7 @@ def test_the_router_of_a_gated_start_has_no_gradient_and_gets_one_with_the_first
         RANDOM | {"routing": "threshold"},
         RANDOM | {"routing": "top_p", "top_p": 0.7},
         {"init": "zero", "shared_A": True, "expert_dropout": 0.5, "top_k": 4},
+        RANDOM | {"init": "zero", "full_rank": True, "r": 32},
         {"rho_warmup_steps": 10, "top_k": 4},
     ],
     ids=str,

@@ -54,6 +54,8 @@ def test_a_reloaded_adapter_gives_the_same_logits_bit_for_bit(
         {"routing": "top_p", "temperature": 0.5},
         {"shared_experts": 2, "top_k": 1, "residual": "fold"},
         {"init": "zero", "shared_A": True, "top_k": 4},
+        {"init": "zero", "full_rank": True, "r": 32, "num_experts": 3},
+        {"init": "zero", "full_rank": True, "r": 32, "routing": "threshold", "dtype": torch.bfloat16},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": r".*\.0\..*_proj"},
         {"dtype": torch.bfloat16},
