@@ -18,8 +18,9 @@ from goat_ds.plan.advice import slow
 from goat_ds.plan.memory import Memory, Part, Place, checkpoint_bytes
 from goat_ds.plan.planner import GPU_GIB, Planner
 from goat_ds.plan.skeleton import Kind, build
+from goat_ds.train.cli import parse
 from goat_ds.train.inputs import read_inputs
-from goat_ds.train.preflight import plan_problems
+from goat_ds.train.preflight import plan_problems, planner_of
 from goat_ds.tuner.base_quantization import BaseQuantization, layers_to_quantize
 from goat_ds.tuner.model import ADAPTER_NAME
 from goat_ds.tuner.quantized import Packing, code_of_statistics
@@ -344,3 +345,16 @@ def test_a_plan_deals_the_layers_out_as_a_run_does(tmp_path: Path) -> None:
     skeleton = build(inspect(config_only(tmp_path)), GoatConfig(**goat), attention="sdpa", quantization=None, **bf16)
     in_plan = [list(wave) for wave in waves(list(skeleton.weights), cost=skeleton.cost, world_size=3)]
     assert in_plan == in_run
+
+
+@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",), ("--gradient_checkpointing", "non_reentrant")])
+def test_whole_experts_are_planned_as_so_many_trained_weights(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    path = REPOSITORY / "ds_configs" / "zero3.json"
+    words = ["--model", config_only(tmp_path), "--ds_config", str(path), "--max_length", "32", "--method", "full_moe"]
+    planned = planner_of(read_inputs(parse([*words, "--num_experts", "3", *flags]), world_size=2))
+    layers = [layer for _, layer in layers_to_quantize(causal_lm(), kept=())]
+    by_hand = sum(3 * (layer.weight.numel() + layer.in_features) for layer in layers)  # type: ignore[union-attr, operator, misc]
+    assert planned.skeleton.count(Kind.TRAINED) == by_hand
+    memory = {part.name: part.num_bytes for part in planned.in_training(1).parts}
+    assert memory["Adam's moments, fp32"] == 8 * by_hand
+    assert planned.while_loading(2).everywhere > 0 and planned.timeline.peak > 0
