@@ -271,7 +271,6 @@ def _whole_problems(whole: dict[str, StoredTensor], stray: list[str], config: Go
 
 
 def _settings(config: GoatConfig) -> str:
-    flags = ", ".join(
-        f"{name} {str(getattr(config, name)).lower()}" for name in ("adaptive_scale", "full_rank", "routed")
-    )
+    names = ("full_rank", "routed") if config.full_rank else ("adaptive_scale", "routed")
+    flags = ", ".join(f"{name} {str(getattr(config, name)).lower()}" for name in names)
     return f"init {config.init}, num_experts {config.num_experts}, {flags}"

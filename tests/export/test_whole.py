@@ -86,7 +86,7 @@ def test_an_adapter_that_no_longer_says_what_its_experts_are_is_refused(whole: T
     values = json.loads(path.read_text())
     del values["full_rank"]
     path.write_text(json.dumps(values))
-    with pytest.raises(ExportError, match="adapter_config.json lacks full_rank"):
+    with pytest.raises(ExportError, match=r"adapter_config\.json lacks full_rank"):
         read_adapter(whole.adapter)
 
 
