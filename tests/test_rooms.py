@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "manifest": {"errors"},
     "distributed": LOWEST,
     "method": {"errors"},
-    "tuner": LOWEST | {"method"},
+    "tuner": LOWEST | {"distributed", "method"},
     "data": UP_TO_TUNER - {"distributed"},
     "base": UP_TO_TUNER | {"data"},
     "zero": UP_TO_BASE,

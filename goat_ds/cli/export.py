@@ -33,6 +33,7 @@ from goat_ds.export import (
     export_lora,
     find_rival,
     merge_rival,
+    was_4bit,
 )
 from goat_ds.precision import Precision
 
@@ -154,7 +155,7 @@ def export(settings: ExportSettings) -> Exported | Dense:
     return export_lora(settings.checkpoint, **about)
 
 
-OF_A_RIVAL = ("base", "dtype", "max_shard_size")
+OF_A_RIVAL = ("base", "dtype", "max_shard_size", "merge_base")
 """Flags that have a say in what another method than GOAT has trained."""
 
 
@@ -169,6 +170,15 @@ def rival_problems(settings: ExportSettings, rival: Rival) -> Iterator[str]:
     useless = [name for name in MODES_OF if name not in OF_A_RIVAL or (is_copied and name != "base")]
     if rival.config is None:
         useless.append("base")
+    if not is_copied and was_4bit(rival.path) and settings.merge_base is not MergeBase.W16:
+        yield (
+            f"{rival.path} was trained on a base in 4 bits, and PEFT merges into the unquantised one, whose answers "
+            "differ; give --merge_base w16 if that is wanted, or use --mode adapter"
+        )
+    elif not is_copied and not was_4bit(rival.path):
+        useless.append("merge_base")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield f"WORLD_SIZE ({os.environ['WORLD_SIZE']}): one process exports what {rival.name} has trained; start one"
     for name in useless:
         if (value := getattr(settings, name)) is not None:
             yield f"{name} ({_shown(value)}) has no effect on what {rival.name} has trained; leave it out"

@@ -26,11 +26,16 @@ def _advice(found: Standings) -> Iterator[str]:
     lead = best
     if found.of(reference) is None:
         yield f"{best.method} has the lowest mean, {_mean(best)}; {reference}, the reference, has none to compare."
-    elif best.method == reference:
+    elif best.method == reference and (better := _better_than_reference(found)) is None:
         yield f"{reference}, the reference, has the lowest mean held-out loss: {_mean(best)}. Keep it."
     elif (better := _better_than_reference(found)) is not None:
         lead = better
         yield _taken(found, found.to_reference[better.method])
+    elif best.num_bad:
+        yield (
+            f"{best.method} has the lowest mean, {_mean(best)}, of the seeds on which it did not diverge; that is no "
+            f"reason to leave {reference}."
+        )
     else:
         words = _untold(best.method, reference, found.to_reference.get(best.method))
         yield f"{best.method} has the lowest mean, {_mean(best)}, but {words} Until they do, keep {reference}."
@@ -46,7 +51,8 @@ def _better_than_reference(found: Standings) -> Standing | None:
     """
     for standing in found.standings:
         difference = found.to_reference.get(standing.method)
-        if difference is not None and difference.is_seen and difference.paired.mean < 0:
+        # A method that diverges on some seeds is judged on the others, and is none to recommend.
+        if difference is not None and difference.is_seen and difference.paired.mean < 0 and not standing.num_bad:
             return standing
     return None
 
@@ -66,7 +72,11 @@ def _comparisons(found: Standings) -> str:
 
 def _beside(lead: Standing, other: Standing, difference: Difference | None) -> str:
     if difference is not None and difference.is_seen:
-        return f"{difference.theirs} is worse than {difference.ours} by {_size(difference)}."
+        better, worse = difference.ours, difference.theirs
+        if difference.paired.mean > 0:
+            # Their means are over other seeds than their pairs, where runs have diverged.
+            better, worse = worse, better
+        return f"{worse} is worse than {better} by {_size(difference)}, in their pairs."
     words = _untold(lead.method, other.method, difference)
     return words[0].upper() + words[1:]
 

@@ -14,7 +14,7 @@ from goat_ds.data import load_tokenizer
 from goat_ds.distributed import ranks
 from goat_ds.errors import ConfigError, first_line, raise_if_any
 from goat_ds.evaluate.settings import Dtype, EvalSettings
-from goat_ds.export import Adapter, find_trained, read_adapter
+from goat_ds.export import Adapter, check_rival_base, find_trained, read_adapter, was_4bit
 from goat_ds.export.adapter_file import CONFIG_NAME
 from goat_ds.export.same_base import check_base
 from goat_ds.export.stored_base import find_base
@@ -72,6 +72,8 @@ class Subject:
         try:
             model = self._load_weights()
             if self.adapter is not None:
+                if self.method != GoatPeftType.GOAT and self.base.stored_quantization is None:
+                    check_rival_base(model, self.adapter)
                 model = PeftModel.from_pretrained(model, str(self.adapter))
         except ConfigError:
             raise
@@ -160,6 +162,12 @@ def _adapter_subject(settings: EvalSettings, path: Path) -> Subject:
     goat = read_adapter(path) if peft_config.peft_type == GoatPeftType.GOAT else None
     base = _base_of(path, peft_config, settings)
     is_stored = base.stored_quantization is not None
+    if goat is None and was_4bit(path) and not is_stored:
+        raise ConfigError(
+            f"model ({path}) was trained on a base that its run made 4-bit, which PEFT's config has no word for; "
+            "evaluate its merged form (python launch/export.py --mode dense --merge_base w16), or give a base that is "
+            "stored in 4 bits with --base"
+        )
     if goat is not None:
         raise_if_any(_misfits(goat, is_stored=is_stored))
         found = replace(find_base(goat, settings.base, weights=False), inspected=base)

@@ -7,7 +7,7 @@ from goat_ds.export.dequantize import MergeBase
 from goat_ds.export.exact import export_exact
 from goat_ds.export.fit import Fit
 from goat_ds.export.merge_report import Exported, ExportReport, MergeReport
-from goat_ds.export.rivals import Rival, copy_rival, find_rival, merge_rival
+from goat_ds.export.rivals import Rival, check_rival_base, copy_rival, find_rival, merge_rival, was_4bit
 
 __all__ = [
     "Adapter",
@@ -19,6 +19,7 @@ __all__ = [
     "MergeBase",
     "MergeReport",
     "Rival",
+    "check_rival_base",
     "copy_rival",
     "export_adapter",
     "export_dense",
@@ -29,4 +30,5 @@ __all__ = [
     "find_trained",
     "merge_rival",
     "read_adapter",
+    "was_4bit",
 ]

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from goat_ds.base.inspect import Base, inspect
 from goat_ds.data import load_tokenizer
@@ -27,6 +28,7 @@ from goat_ds.export.adapter_file import CONFIG_NAME, find_trained
 from goat_ds.export.folder import check_new, new_folder
 from goat_ds.manifest import MANIFEST_NAME, damages
 from goat_ds.tuner.config import GoatPeftType
+from goat_ds.tuner.fingerprint import fingerprint, sample_layer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,12 @@ def find_rival(checkpoint: str | Path) -> Rival | None:
     """
     path = find_trained(Path(checkpoint))
     is_adapter = (path / CONFIG_NAME).is_file()
-    if is_adapter and json.loads((path / CONFIG_NAME).read_text()).get("peft_type") == GoatPeftType.GOAT:
+    try:
+        values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")) if is_adapter else {}
+    except ValueError:
+        # Whoever reads a GOAT adapter says what is wrong with it.
+        return None
+    if is_adapter and values.get("peft_type") == GoatPeftType.GOAT:
         return None
     if (path.parent / MANIFEST_NAME).is_file() and (found := list(damages(path.parent, below=path.name))):
         raise ExportError("\n".join(found))
@@ -120,6 +127,7 @@ def merge_rival(
         dtype=torch.float32,
         trust_remote_code=False,
     )
+    check_rival_base(loaded, rival.path)
     stored: torch.dtype = dtype or found.config.dtype or torch.float32
     model: Any = PeftModel.from_pretrained(loaded.to(ranks.device()), str(rival.path)).eval()
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -132,12 +140,46 @@ def merge_rival(
         after = [_log_probs(merged, text) for text in texts]
         nats = [(was.exp() * (was - now)).sum(-1) for was, now in zip(before, after, strict=True)]
         mean = float(torch.cat(nats).mean())
-        logger.info(
-            f"merged: {mean:.2e} nats a token away from what was trained ({len(texts)} texts of the run's data)"
-        )
+        logger.info(f"merged: {mean:.2e} nats a token from the adapter beside its base ({len(texts)} texts of the run)")
     with new_folder(output) as folder:
         merged.save_pretrained(folder, **shards)
         load_tokenizer(found.name, revision=found.revision).save_pretrained(folder)
+
+
+def check_rival_base(base: Any, adapter: Path) -> None:
+    """Check that a base in memory, unquantised, has the weights that a run began on.
+
+    Args:
+        base: A model without an adapter.
+        adapter: The adapter's folder in its checkpoint; elsewhere nothing is known of the base.
+
+    Raises:
+        ExportError: it has others.
+    """
+    expected = _run_of(adapter).get("base_fingerprint")
+    if not expected:
+        return
+    linear = [(path, layer) for path, layer in base.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    weights = {path: layer.weight.T if isinstance(layer, Conv1D) else layer.weight for path, layer in linear}
+    samples = {path: sample_layer(weight) for path, weight in weights.items()}
+    if fingerprint(samples, dtype=expected["dtype"])._asdict() != expected:
+        raise ExportError(
+            f"the base of {adapter} has other weights than the one that its training began on; give that one with "
+            "--base PATH"
+        )
+
+
+def was_4bit(adapter: Path) -> bool:
+    """Whether an adapter in its checkpoint was trained on a base that the run had made 4-bit."""
+    return bool(_run_of(adapter).get("run", {}).get("settings", {}).get("load_in_4bit", False))
+
+
+def _run_of(adapter: Path) -> dict[str, Any]:
+    path = adapter.parent / "run.json"
+    if not path.is_file():
+        return {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def _base_of(rival: Rival, base: str | None) -> Base:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from goat_ds.base.inspect import Base
@@ -78,6 +78,8 @@ class Skeleton:
     @property
     def num_base_values(self) -> int:
         """The base's parameters, unquantised."""
+        if not isinstance(self.model, PeftModel):
+            return self.count()
         four_bit = sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, QuantizedLinear))
         return self.count(Kind.BASE) + four_bit
 

@@ -18,8 +18,12 @@ def lines(planner: Planner) -> Iterator[str]:
     trained, base = skeleton.count(Kind.TRAINED), skeleton.num_base_values
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     yield f"plan: {settings.base.name}, ZeRO-{planner.zero.stage}, {ranks}, {settings.engine.precision}"
-    adapter = trained + skeleton.count(Kind.INITIAL)
-    yield f"parameters: {base:,} of the base, {adapter:,} of the adapter; trained: {trained:,} ({trained / base:.2%})"
+    if settings.adapter is None:
+        yield f"parameters: {base:,}, all of them trained"
+    else:
+        adapter = trained + skeleton.count(Kind.INITIAL)
+        share = f"{trained / base:.2%}"
+        yield f"parameters: {base:,} of the base, {adapter:,} of the adapter; trained: {trained:,} ({share})"
     yield from _memory("while loading, at most", planner.while_loading(world_size))
     yield from _memory("in training, at most", planner.in_training(world_size))
     yield from _activations(planner)

@@ -70,13 +70,13 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda n: n >= 0,
         "at least 0",
     ),
-    (("learning_rate", "lr_ratio_B", "router_lr", "adam_eps"), lambda n: n > 0, "above 0"),
+    (("learning_rate", "lr_ratio_B", "router_lr", "adam_eps", "lora_alpha"), lambda n: n > 0, "above 0"),
     (
         ("timeout_minutes",),
         lambda n: MIN_TIMEOUT_MINUTES <= n <= MAX_TIMEOUT_MINUTES,
         f"in [{MIN_TIMEOUT_MINUTES}, {MAX_TIMEOUT_MINUTES}]",
     ),
-    (("adam_beta1", "adam_beta2"), lambda n: 0 <= n < 1, "in [0, 1)"),
+    (("adam_beta1", "adam_beta2", "dropout"), lambda n: 0 <= n < 1, "in [0, 1)"),
     (("max_length",), lambda n: n >= 2, "at least 2"),
 )
 """Settings, what their values must be, and how that is said."""
@@ -356,6 +356,9 @@ class TrainConfig:
         for names, is_right, rule in RANGES:
             for name in names:
                 value = getattr(self, name)
+                if name in GOAT_FLAGS and self.method is Method.GOAT:
+                    # GoatConfig says it itself.
+                    continue
                 if value is not None and not is_right(value):
                     yield f"{name} ({value}) must be {rule}"
 

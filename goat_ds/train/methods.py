@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
 
+from goat_ds.errors import ConfigError
 from goat_ds.method.routing import Routing
 from goat_ds.method.scaling import Scaling
 from goat_ds.method.spectrum import Init
@@ -27,7 +28,7 @@ class Method(StrEnum):
     RSLORA = "rslora"
     """LoRA scaled by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732); PEFT's."""
     DORA = "dora"
-    """LoRA on the direction of every column of the weight, and its length (arXiv 2402.09353); PEFT's."""
+    """LoRA on the direction of every row of the weight, and its length (arXiv 2402.09353); PEFT's."""
     PISSA = "pissa"
     """LoRA that starts as the leading r singular directions, taken off the base (arXiv 2404.02948)."""
     MILORA = "milora"
@@ -105,6 +106,10 @@ RIVALS: Mapping[Method, Rival] = {
 """All but GOAT, of which every flag of the adapter counts."""
 
 
+MIXTURES = (Method.MOLORA, Method.HYDRALORA, Method.ADAMOLE)
+"""Methods that are none without a router."""
+
+
 def adapter_of(method: Method, settings: Any, *, names_of: Callable[[Any], Any]) -> PeftConfig | None:
     """Return the config of a method's adapter as a run's settings have it; None for full fine-tuning.
 
@@ -124,6 +129,8 @@ def adapter_of(method: Method, settings: Any, *, names_of: Callable[[Any], Any])
         values[name] = names_of(values[name])
     if values["target_modules"] is None:
         values["target_modules"] = "all-linear"
+    if method in MIXTURES and values["num_experts"] < 2:
+        raise ConfigError(f"num_experts ({values['num_experts']}) makes no mixture; use 2 at least, or method lora")
     if rival.kind is GoatConfig and "top_k" not in values:
         # All experts count where nothing chooses a number of them.
         values["top_k"] = values["num_experts"]
@@ -139,6 +146,8 @@ def without_effect(method: Method, names: Mapping[str, Any]) -> Iterator[str]:
     """
     rival = RIVALS[method]
     for name, value in names.items():
+        if name in rival.fixed and value == str(rival.fixed[name]):
+            continue
         if name in rival.fixed:
             yield f"{name} ({value}) is {rival.fixed[name]} in method {method}; leave it out, or use method goat"
         elif name not in rival.flags:

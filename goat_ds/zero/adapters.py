@@ -4,6 +4,7 @@ The engine, checkpoints and the optimizer see all of them through the functions 
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from peft import (
 from torch import Tensor, nn
 
 from goat_ds.errors import ConfigError, first_line, raise_if_any
-from goat_ds.tuner.config import GoatConfig
+from goat_ds.tuner.config import GoatConfig, GoatPeftType
 from goat_ds.tuner.model import ADAPTER_NAME, GoatModel
 from goat_ds.zero.decompose import seed_of
 
@@ -29,10 +30,17 @@ NEEDS_MORE: Mapping[str, str] = {
     "XLORA": "adapters that were trained before",
 }
 """PEFT's methods that a loop over text alone cannot train, and what they need."""
-STARTS_ON_DATA = ("eva", "corda", "lora_ga")
-"""LoRA's starts that look at data first."""
+LORA_STARTS = ("True", "False", "gaussian", "orthogonal")
+"""LoRA's starts that neither look at data or at the base's weights, nor change them."""
 STARTS_IN_THE_BASE = {"pissa": "--method pissa", "olora": "--method olora", "loftq": "--load_in_4bit"}
 """LoRA's starts that change the base's weights, and what to use instead."""
+OF_PLAIN_LORA = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "fan_in_fan_out", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "runtime_config",
+})  # fmt: skip
+"""Settings of LoRA that this loop trains by; any other makes a variant, some of which need a loss of their own."""
 
 
 class Rates(NamedTuple):
@@ -87,14 +95,28 @@ def _type_of(adapter: PeftConfig) -> str:
 
 
 def _lora_problems(adapter: LoraConfig) -> Iterator[str]:
-    start = str(adapter.init_lora_weights).partition("_niter")[0]
-    if start in STARTS_ON_DATA:
-        yield f"init_lora_weights ({start}) looks at data before training, which this trainer has no call for; use true"
-    if start in STARTS_IN_THE_BASE:
+    start = str(adapter.init_lora_weights)
+    kind = start.lower().partition("_niter")[0]
+    if kind not in STARTS_IN_THE_BASE and start not in LORA_STARTS:
+        yield (
+            f"init_lora_weights ({start}) looks at data, or at the base's weights, in a way that this trainer has no "
+            "call for; use true, gaussian or orthogonal"
+        )
+    if kind in STARTS_IN_THE_BASE:
         yield (
             f"init_lora_weights ({start}) changes the base's weights, so that no checkpoint could be read without "
-            f"changing them once more; use {STARTS_IN_THE_BASE[start]}"
+            f"changing them once more; use {STARTS_IN_THE_BASE[kind]}"
         )
+    for setting in dataclasses.fields(LoraConfig):
+        if setting.name in OF_PLAIN_LORA:
+            continue
+        value, missing = getattr(adapter, setting.name), dataclasses.MISSING
+        default = setting.default if setting.default_factory is missing else setting.default_factory()
+        if value != default:
+            yield (
+                f"{setting.name} ({value}) makes a variant of LoRA that this trainer has no test of; leave it out, or "
+                "train it with PEFT itself"
+            )
 
 
 def config_from(values: Mapping[str, Any]) -> PeftConfig:
@@ -104,20 +126,24 @@ def config_from(values: Mapping[str, Any]) -> PeftConfig:
         ConfigError: it names no method, or settings that the method does not have, or wrong ones.
     """
     kinds: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
-    kind = kinds.get(values.get("peft_type"))
+    named = values.get("peft_type")
+    if named == GoatPeftType.GOAT:
+        raise ConfigError("peft_config: peft_type (GOAT) has flags of its own here; use --method goat and those")
+    kind = kinds.get(named) if isinstance(named, str) else None
     if kind is None:
         known = ", ".join(sorted(str(getattr(name, "value", name)) for name in kinds))
         raise ConfigError(f"peft_config: peft_type ({values.get('peft_type')}) must be one of {known}")
     known_fields = set(kind.__dataclass_fields__)
-    raise_if_any(f"peft_config: {name} is no setting of {values['peft_type']}" for name in values.keys() - known_fields)
+    raise_if_any(f"peft_config: {name} is no setting of {named}" for name in sorted(values.keys() - known_fields))
+    if (task := values.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"peft_config: task_type ({task}) is not CAUSAL_LM, and this trains causal language models")
     settings = {name: value for name, value in values.items() if name != "peft_type"}
+    # What a saved adapter says of its own use and origin is not this run's.
+    settings |= {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None, "revision": None}
     try:
-        # What a saved adapter says of its own use and origin is not this run's.
-        adapter = kind(
-            **settings | {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None}
-        )
+        adapter = kind(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"peft_config: {first_line(error)}") from error
+        raise ConfigError(f"peft_config: {named} does not take these settings: {first_line(error)}") from error
     if getattr(adapter, "target_modules", "") is None:
         adapter.target_modules = "all-linear"
     assert isinstance(adapter, PeftConfig)
@@ -133,8 +159,23 @@ def rehearse(skeleton: nn.Module, adapter: PeftConfig) -> dict[str, tuple[int, .
     Raises:
         ConfigError: no layer matches, or PEFT refuses the settings.
     """
-    fitted = _fit(skeleton, adapter, low_cpu_mem_usage=True)
-    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(fitted).items()}
+    try:
+        fitted = _fit(skeleton, adapter, low_cpu_mem_usage=True)
+    except ConfigError as error:
+        if "meta" in str(error):
+            raise ConfigError(
+                f"{_named(adapter)} cannot be put on a model without weights, so that nothing of it can be checked "
+                "before a run; use another method"
+            ) from error
+        raise
+    name, trained = _named(adapter), {name for name, _ in trained_tensors(fitted)}
+    try:
+        found = get_peft_model_state_dict(fitted, state_dict=dict(stored_tensors(fitted)))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{name} could not be saved by this trainer: {first_line(error)}; use another") from error
+    if not trained & found.keys():
+        raise ConfigError(f"{name} saves what it trains under other names, and could not be resumed; use another")
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def attach(model: Any, adapter: PeftConfig, *, dtype: torch.dtype, seed: int) -> PeftModel:
@@ -234,6 +275,6 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 def _part_of(name: str) -> str:
     """Return which part of an adapter a tensor is, by its name in the adapter's file: B, router, or the rest."""
     leaf = name.removesuffix(".weight").rpartition(".")[2]
-    if leaf in ("goat_B", "lora_B", "lora_embedding_B"):
+    if leaf.endswith("_B"):
         return "B"
     return "router" if leaf.startswith(("goat_router", "goat_threshold")) else "rest"

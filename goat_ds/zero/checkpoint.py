@@ -230,7 +230,11 @@ class _Writer:
                 selected_adapters=[ADAPTER_NAME],
             )
         else:
-            model.save_pretrained(str(self._folder / MODEL_FOLDER), state_dict=tensors)
+            in_training, model.config.use_cache = model.config.use_cache, model.goat_use_cache
+            try:
+                model.save_pretrained(str(self._folder / MODEL_FOLDER), state_dict=tensors)
+            finally:
+                model.config.use_cache = in_training
         if write_beside:
             write_beside(self._folder)
         (self._folder / RUN_NAME).write_text(json.dumps(about, indent=2))

@@ -183,6 +183,8 @@ def load_base(
             trust_remote_code=False,
         )
     model.goat_sharding = sharding
+    # A whole model that is saved says again what its base said.
+    model.goat_use_cache = model.config.use_cache
     model.config.use_cache = False
     # from_pretrained gives a model in eval mode, in which transformers neither recomputes activations nor drops out.
     model.train()

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goat_ds import demo
 from goat_ds.cli.export import ExportSettings, Mode, export_rival, rival_problems
-from goat_ds.errors import ConfigError, MergeError
+from goat_ds.errors import ConfigError, ExportError, MergeError
 from goat_ds.evaluate.settings import EvalSettings
 from goat_ds.evaluate.subject import find_subject
-from goat_ds.export import Rival, find_rival
+from goat_ds.export import MergeBase, Rival, find_rival
 from goat_ds.precision import Precision
 
 TOKENS = torch.arange(5, 40)[None]
@@ -150,3 +150,29 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ConfigError, match=r"exists already"):
         list(exported(settings_of(folder, tmp_path / "out", Mode.DENSE)))
+
+
+def beside(folder: Path, **about: Any) -> Path:
+    """Write what a run says of itself beside its adapter."""
+    (folder / "checkpoint-3" / "run.json").write_text(json.dumps({"run": {"settings": {}}} | about))
+    return folder
+
+
+def test_a_base_with_other_weights_than_the_run_began_on_is_refused(tmp_path: Path) -> None:
+    folder, _ = checkpoint_of(tmp_path / "run", lora())
+    other = {"dtype": "bfloat16", "sha256": "0" * 64}
+    beside(folder, base_fingerprint=other)
+    with pytest.raises(ExportError, match="has other weights than the one that its training began on"):
+        list(exported(settings_of(folder, tmp_path / "out", Mode.DENSE)))
+    with pytest.raises(ConfigError, match="has other weights"):
+        find_subject(EvalSettings(model=str(folder))).load()
+
+
+def test_a_lora_of_a_4_bit_base_is_merged_into_another_one_only_where_that_is_said(tmp_path: Path) -> None:
+    folder, _ = checkpoint_of(tmp_path / "run", lora())
+    beside(folder, run={"settings": {"load_in_4bit": True}})
+    (problem,) = exported(settings_of(folder, tmp_path / "out", Mode.DENSE))
+    assert "give --merge_base w16 if that is wanted" in problem
+    assert not list(exported(settings_of(folder, tmp_path / "out", Mode.DENSE, merge_base=MergeBase.W16)))
+    with pytest.raises(ConfigError, match="was trained on a base that its run made 4-bit"):
+        find_subject(EvalSettings(model=str(folder)))

@@ -25,7 +25,7 @@ REST: dict[str, Any] = {"data_sha256": "", "tokens": 0, "eval_loss": None}
 
 def checkpoint(global_batch_size: int = 4) -> Checkpoint:
     run: dict[str, Any] = {"settings": resume.settings_of(BEGUN), "global_batch_size": global_batch_size} | REST
-    return Checkpoint(Path("runs/a/checkpoint-5"), 0, 5, {}, run, {}, {})
+    return Checkpoint(Path("runs/a/checkpoint-5"), 0, 5, {}, run, {}, {}, None)
 
 
 def look(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from peft import AutoPeftModelForCausalLM, HiraConfig, LilyConfig, LoraConfig, g
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goat_ds import demo
+from goat_ds import demo, plan
 from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset, prepare
 from goat_ds.errors import ConfigError
 from goat_ds.train.cli import parse
+from goat_ds.train.environment import settle_ranks
+from goat_ds.train.inputs import read_inputs
 from goat_ds.train.methods import Method
+from goat_ds.train.preflight import plan_problems, planner_of
 from goat_ds.tuner.base_quantization import layers_to_quantize
 from goat_ds.tuner.quantized import Packing, pack, unpack
-from goat_ds.zero.adapters import config_from
+from goat_ds.zero.adapters import config_from, problems
 from goat_ds.zero.decompose import seed_of
 from tests.launching import FEW_HELDOUT, losses_of, metrics_of, run_many
 
@@ -328,6 +332,34 @@ def test_every_method_has_a_config_of_its_own() -> None:
 def test_a_peft_config_with_a_mistake_is_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config_from(values)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "molora", "full_moe"])
+def test_a_plan_can_be_made_of_any_method(method: str) -> None:
+    more = ("--num_experts", "2") if "mo" in method else ()
+    settle_ranks(parse(["--ds_config", "zero3"]))
+    inputs = read_inputs(parse(["--ds_config", "zero3", "--method", method, "--max_length", "64", *more]))
+    assert not list(plan_problems(inputs))
+    lines = list(plan.lines(planner_of(inputs)))
+    assert any(line.startswith("a rank in training, at most: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"init_lora_weights": "OLoRA"}, r"changes the base's weights.*--method olora"),
+        ({"init_lora_weights": "mica"}, "looks at data, or at the base's weights"),
+        ({"use_qalora": True}, r"use_qalora \(True\) makes a variant of LoRA"),
+    ],
+)
+def test_variants_of_lora_that_need_more_than_this_loop_are_refused(values: dict[str, Any], words: str) -> None:
+    try:
+        found = list(problems(config_from({"peft_type": "LORA"} | values), stage=1, is_4bit=False))
+    except ConfigError as error:
+        # PEFT itself refuses the value.
+        found = list(error.problems)
+    assert re.search(words, "; ".join(found))
 
 
 def test_rates_reach_the_parts_they_are_named_for(tmp_path: Path) -> None:
