@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goat_ds import demo, plan
-from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset, prepare
+from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
 from goat_ds.errors import ConfigError
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import settle_ranks
@@ -26,8 +26,9 @@ from goat_ds.tuner.quantized import Packing, pack, unpack
 from goat_ds.zero.adapters import config_from, problems
 from goat_ds.zero.decompose import seed_of
 from tests.launching import FEW_HELDOUT, losses_of, metrics_of, run_many
+from tests.zero.plain_torch import whole_batches
 
-NUM_STEPS, MIDDLE, SEED, RATE, R, ALPHA = 6, 3, 3, 2e-3, 8, 16.0
+NUM_STEPS, MIDDLE, SEED, RATE, R, ALPHA, E = 6, 3, 3, 2e-3, 8, 16.0, 4
 COMMON = {
     "precision": "fp32",
     "eval_data": str(FEW_HELDOUT),
@@ -45,9 +46,9 @@ OF_LORA = {"r": str(R), "lora_alpha": str(ALPHA)}
 ZERO2, ZERO3 = {"ds_config": "ds_configs/zero2.json"}, {"ds_config": "ds_configs/zero3.json"}
 SHARDED = ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
 RUNS: dict[str, dict[str, str]] = {
-    **{
-        name: OF_LORA | {"method": name} | ZERO3 for name in ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
-    },
+    **{name: OF_LORA | {"method": name} | ZERO3 for name in SHARDED},
+    **{name: OF_LORA | {"method": name, "num_experts": str(E)} | ZERO3 for name in ("molora", "hydralora")},
+    "adamole": OF_LORA | {"method": "adamole", "num_experts": str(E), "balance_coef": str(BALANCE)} | ZERO3,
     "dora": OF_LORA | {"method": "dora"} | ZERO2,
     "full": {"method": "full"} | ZERO3,
     "full, zero1": {"method": "full", "ds_config": "ds_configs/zero1.json"},
@@ -129,6 +130,48 @@ def with_copies(base: Any, _: Any) -> Any:
     return base
 
 
+class LowRankMixture(nn.Module):
+    """MoLoRA, HydraLoRA and AdaMoLE as their papers write them, an expert at a time; by autograd alone."""
+
+    def __init__(self, layer: nn.Linear, path: str, kind: str, balances: list[Tensor]) -> None:
+        super().__init__()
+        self.layer, self.balances = layer, balances
+        d, bound = R // E, 1 / math.sqrt(layer.in_features)
+        # Before the seed: a linear layer draws when it is made.
+        self.threshold = nn.Linear(layer.in_features, 1) if kind == "adamole" else None
+        torch.manual_seed(seed_of(SEED, f"base_model.model.{path}"))
+        num_a = 1 if kind == "hydralora" else E
+        self.a = nn.Parameter(torch.empty(num_a * d, layer.in_features).uniform_(-bound, bound).view(num_a, d, -1))
+        self.b = nn.Parameter(torch.zeros(E, layer.out_features, d))
+        self.router = nn.Parameter(torch.empty(E, layer.in_features))
+        nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        if self.threshold is not None:
+            nn.init.kaiming_uniform_(self.threshold.weight, a=math.sqrt(5))
+            nn.init.uniform_(self.threshold.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with what the experts add."""
+        gates = (x @ self.router.T).softmax(dim=-1)
+        if self.threshold is not None:
+            over = gates - self.threshold(x).sigmoid() / E
+            chosen = (over >= 0).to(x.dtype)
+            # The loss of its released code.
+            self.balances.append(E * (chosen.flatten(0, 1).mean(dim=0) * over.flatten(0, 1).mean(dim=0)).sum())
+            gates = over * chosen / (over * chosen).sum(dim=-1, keepdim=True)
+        low = [x @ self.a[e % len(self.a)].T @ self.b[e].T for e in range(E)]
+        return self.layer(x) + ALPHA / (R // E) * sum(gates[..., e, None] * low[e] for e in range(E))
+
+
+def with_low_rank_mixtures(base: Any, kind: Any) -> Any:
+    """A mixture of LoRAs by its formula; its balance losses wait in a list."""
+    base.requires_grad_(False)
+    base.balances = []
+    for path, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            base.set_submodule(path, LowRankMixture(layer, path, kind, base.balances))
+    return base
+
+
 PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "lora": (fitted, lora()),
     "rslora": (fitted, lora(use_rslora=True)),
@@ -141,6 +184,7 @@ PLAIN: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "full": (lambda base, _: base, None),
     "full, zero1": (lambda base, _: base, None),
     "full_moe": (with_copies, None),
+    **{name: (with_low_rank_mixtures, name) for name in ("molora", "hydralora", "adamole")},
     "hira": (fitted, HiraConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
     "lily": (fitted, LilyConfig(r=R, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
 }
@@ -173,23 +217,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
-def global_batches(folder: Path) -> Iterator[StepBatch]:
-    """Yield what the run of a folder was trained on, as one process sees it."""
-    tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
-    tokens = prepare([str(demo.train_data())], tokenizer, max_length=64, cache_dir=folder.parent / "tokens")
-    packed = pack_dataset(tokens.dataset, max_length=64, packing=True)
-    plan = BatchPlan(
-        packs=packed.packs,
-        num_labels=packed.num_labels,
-        micro_batch_size=1,
-        global_batch_size=2,
-        world_size=1,
-        seed=SEED,
-    )
-    for _, batch in batches(tokens.dataset, plan, world_rank=0).from_step(0, until=NUM_STEPS):
-        yield batch
-
-
 def summed_loss(model: Any, row: Any) -> Tensor:
     logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0]
     return nn.functional.cross_entropy(logits, row.labels[0], ignore_index=-100, reduction="sum")
@@ -207,7 +234,7 @@ def plain_losses(name: str, folder: Path) -> list[float]:
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     losses = []
-    for batch in global_batches(folder):
+    for batch in whole_batches(folder.parent / "tokens", seed=SEED, num_steps=NUM_STEPS):
         loss = 0.0
         for row in batch.micro_batches:
             part = summed_loss(model, row) / batch.num_label_tokens

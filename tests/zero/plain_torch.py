@@ -1,6 +1,6 @@
 """What a run of ``launch/train.py`` must equal: its settings, and its first step without any engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from goat_ds import demo
-from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
+from goat_ds.data import BatchPlan, StepBatch, batches, pack_dataset, prepare
 from goat_ds.train.config import TrainConfig
 from goat_ds.zero import decompose
 from tests.launching import FEW_HELDOUT
@@ -61,10 +61,10 @@ def start_as_the_run_did(model: Any, config: TrainConfig, weight_of: Callable[[s
         work.item.experts.ready = True
 
 
-def first_step(model: Any, config: TrainConfig) -> Step:
-    """Take the loss of the first global batch, two packs of the demo's data, and its gradient's norm."""
+def whole_batches(token_cache: Path, *, seed: int, num_steps: int) -> Iterator[StepBatch]:
+    """Yield the first global batches, of two packs of the demo's data, as one process sees them."""
     tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
-    tokens = prepare([str(demo.train_data())], tokenizer, max_length=64, cache_dir=Path(config.token_cache))
+    tokens = prepare([str(demo.train_data())], tokenizer, max_length=64, cache_dir=token_cache)
     packed = pack_dataset(tokens.dataset, max_length=64, packing=True)
     plan = BatchPlan(
         packs=packed.packs,
@@ -72,9 +72,15 @@ def first_step(model: Any, config: TrainConfig) -> Step:
         micro_batch_size=1,
         global_batch_size=2,
         world_size=1,
-        seed=config.seed,
+        seed=seed,
     )
-    _, batch = next(batches(tokens.dataset, plan, world_rank=0).from_step(0))
+    for _, batch in batches(tokens.dataset, plan, world_rank=0).from_step(0, until=num_steps):
+        yield batch
+
+
+def first_step(model: Any, config: TrainConfig) -> Step:
+    """Take the loss of the first global batch, two packs of the demo's data, and its gradient's norm."""
+    (batch,) = whole_batches(Path(config.token_cache), seed=config.seed, num_steps=1)
     loss = 0.0
     for row in batch.micro_batches:
         logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0]
