@@ -15,7 +15,7 @@ import yaml
 
 from goat_ds.errors import ConfigError, first_line, raise_if_any
 from goat_ds.train.config import TrainConfig
-from goat_ds.train.methods import Method as Trained
+from goat_ds.train.methods import Method
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ SAME_FOR_ALL = (
 )
 """Flags that decide which tokens a run sees, and how it is judged: they stand under ``train`` only."""
 FLAGS = frozenset(f.name for f in dataclasses.fields(TrainConfig))
-WITHOUT_RANK = (Trained.FULL, Trained.FULL_MOE)
+WITHOUT_RANK = (Method.FULL, Method.FULL_MOE)
 """Methods that train weights, not low-rank products whose total rank is ``r``."""
 MOST_RUNS_OF_A_GRID = 1000
 
@@ -63,7 +63,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Entrant:
     """One of the rivals."""
 
     name: str
@@ -118,7 +118,7 @@ class CompareSettings:
 
     train: dict[str, Any]
     """Flags of all runs."""
-    methods: tuple[Method, ...]
+    methods: tuple[Entrant, ...]
     reference: str
     """The method that the others are compared with; the first by default."""
     screen: Screen | None
@@ -136,12 +136,12 @@ class CompareSettings:
     keep_checkpoints: bool = False
     """Whether the last checkpoint of every run stays on the disk."""
 
-    def method(self, name: str) -> Method:
+    def method(self, name: str) -> Entrant:
         """Return a method by its name."""
         return next(method for method in self.methods if method.name == name)
 
     def has_rank(self, name: str) -> bool:
-        """Whether the total rank of a method is ``r``."""
+        """Whether the flag ``r`` is the total rank of a method."""
         flags = self.train | self.method(name).flags
         return flags.get("method") not in WITHOUT_RANK and flags.get("peft_config") is None
 
@@ -244,7 +244,7 @@ def _flag_problems(where: str, name: str, refused: Mapping[str, str]) -> Iterato
         yield f"{where} is not a setting of launch/train.py; its --help lists them"
 
 
-def _methods(top: Section, rates: tuple[float, ...]) -> Iterator[Method]:
+def _methods(top: Section, rates: tuple[float, ...]) -> Iterator[Entrant]:
     listed = top.section("methods")
     if not listed.left:
         top.problems.append("methods is required: a name and its flags of launch/train.py for each, at least two")
@@ -263,7 +263,7 @@ def _methods(top: Section, rates: tuple[float, ...]) -> Iterator[Method]:
             top.problems.extend(_flag_problems(f"methods.{name}.{flag}", flag, refused))
         for flag in section.left.keys() & grid.keys():
             top.problems.append(f"methods.{name}.{flag} stands in grid as well; leave one out")
-        yield Method(name=name, flags=section.left, rates=own_rates, grid=grid)
+        yield Entrant(name=name, flags=section.left, rates=own_rates, grid=grid)
 
 
 def _rates(section: Section) -> tuple[float, ...]:

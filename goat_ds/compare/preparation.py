@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from goat_ds.compare import equal_size
-from goat_ds.compare.compare_file import Budget, CompareSettings, Method
+from goat_ds.compare.compare_file import Budget, CompareSettings, Entrant
 from goat_ds.compare.equal_size import LARGEST_R, Choice
 from goat_ds.compare.trials import config_of, flags_of
 from goat_ds.errors import ConfigError, raise_if_any
@@ -83,7 +83,7 @@ class Findings:
         yield from self.lines_of_all
 
 
-def _parsed(settings: CompareSettings, method: Method, grid: Grid) -> TrainConfig:
+def _parsed(settings: CompareSettings, method: Entrant, grid: Grid) -> TrainConfig:
     """Return the settings of a method's runs at their longest, in a folder that is not there."""
     longest = settings.final.steps
     own = {"output_dir": str(settings.output_dir / "runs" / "checked"), "max_steps": longest}
@@ -124,6 +124,10 @@ def _unequal_batches(settings: CompareSettings, configs: dict[tuple[str, Grid], 
 
 def _unequal_ranks(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfig]) -> Iterator[str]:
     own = {name: config.r for (name, _), config in configs.items() if settings.has_rank(name)}
+    for (name, _), config in configs.items():
+        # What a file of PEFT's calls r is a rank too.
+        if config.peft_config is not None and isinstance(r := getattr(read_inputs(config).adapter, "r", None), int):
+            own[name] = r
     for name, r in own.items():
         wanted = own.get(settings.reference, next(iter(own.values())))
         if r != wanted:
@@ -180,7 +184,7 @@ def _sizes(settings: CompareSettings, configs: dict[tuple[str, Grid], TrainConfi
 
 
 def _choices(
-    settings: CompareSettings, method: Method, grid: Grid, config: TrainConfig, *, target: int
+    settings: CompareSettings, method: Entrant, grid: Grid, config: TrainConfig, *, target: int
 ) -> list[Choice]:
     replaced: Callable[[int], TrainConfig] = cache(lambda r: dataclasses.replace(config, r=r))
     accepted = [r for r in range(1, LARGEST_R + 1) if not any(replaced(r).problems())]

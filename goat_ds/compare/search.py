@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from goat_ds.compare.compare_file import CompareSettings, Method, Point, rounded
+from goat_ds.compare.compare_file import CompareSettings, Entrant, Point, rounded
 from goat_ds.compare.results import FAILED
 from goat_ds.compare.trials import FINAL, Trial
 from goat_ds.errors import TrainingError
@@ -60,7 +60,7 @@ class Search:
         except NotRun:
             logger.info(f"{self.num_missing} runs have no result yet")
 
-    def at_edge(self, method: Method, point: Point) -> bool:
+    def at_edge(self, method: Entrant, point: Point) -> bool:
         """Whether no rate beyond a point's, on one side, was tried with its values of the grid."""
         rates = self._rates_beside(method.name, point)
         return len(rates) > 1 and point.rate in (rates[0], rates[-1])

@@ -23,22 +23,19 @@ def sentences(found: Standings) -> Iterator[str]:
 
 def _advice(found: Standings) -> Iterator[str]:
     best, reference = found.standings[0], found.settings.reference
-    lead = best
+    lead, better = best, _better_than_reference(found)
+    # What diverged comes last, whatever its mean over the seeds that are left.
+    among = " of those that finished every seed" if found.standings[-1].num_bad and not best.num_bad else ""
     if found.of(reference) is None:
         yield f"{best.method} has the lowest mean, {_mean(best)}; {reference}, the reference, has none to compare."
-    elif best.method == reference and (better := _better_than_reference(found)) is None:
-        yield f"{reference}, the reference, has the lowest mean held-out loss: {_mean(best)}. Keep it."
-    elif (better := _better_than_reference(found)) is not None:
+    elif better is not None:
         lead = better
         yield _taken(found, found.to_reference[better.method])
-    elif best.num_bad:
-        yield (
-            f"{best.method} has the lowest mean, {_mean(best)}, of the seeds on which it did not diverge; that is no "
-            f"reason to leave {reference}."
-        )
+    elif best.method == reference:
+        yield f"{reference}, the reference, has the lowest mean held-out loss{among}: {_mean(best)}. Keep it."
     else:
         words = _untold(best.method, reference, found.to_reference.get(best.method))
-        yield f"{best.method} has the lowest mean, {_mean(best)}, but {words} Until they do, keep {reference}."
+        yield f"{best.method} has the lowest mean{among}, {_mean(best)}, but {words} Until they do, keep {reference}."
     for other in found.standings:
         if other is not lead and (other.method != reference or best.method == reference):
             yield _beside(lead, other, found.between(lead.method, other.method))
@@ -74,7 +71,7 @@ def _beside(lead: Standing, other: Standing, difference: Difference | None) -> s
     if difference is not None and difference.is_seen:
         better, worse = difference.ours, difference.theirs
         if difference.paired.mean > 0:
-            # Their means are over other seeds than their pairs, where runs have diverged.
+            # What diverged comes after what did not, whatever their pairs say.
             better, worse = worse, better
         return f"{worse} is worse than {better} by {_size(difference)}, in their pairs."
     words = _untold(lead.method, other.method, difference)
@@ -176,7 +173,7 @@ def _equal(found: Standings) -> Iterator[str]:
     match settings.budget:
         case Budget.RANK:
             without = [name for name in sizes if not settings.has_rank(name)]
-            but = f" (but of {', '.join(without)}, without one)" if without else ""
+            but = f" (as far as {', '.join(without)} has one)" if without else ""
             words = f"{equal}, and the total rank{but}. Trained parameters: {trained}."
         case Budget.PARAMETERS:
             apart = _largest_difference(sizes, settings.reference)

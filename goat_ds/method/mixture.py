@@ -27,14 +27,16 @@ from goat_ds.method.dropout import dropout_mask, kept_share
 from goat_ds.method.input_gradient import Product, SummedGradient
 from goat_ds.method.router import (
     RouterSettings,
+    by_token,
     gates_of,
     has_wide_product,
-    prepare_logits_,
+    kept_load,
+    prepared_logits,
     product_gradient,
     stacked_router,
     widened_logits,
 )
-from goat_ds.method.routing import BalanceSignal, Gates, RouterLoad, router_load
+from goat_ds.method.routing import BalanceSignal, Gates, RouterLoad
 from goat_ds.method.scaling import residual_scale
 
 
@@ -152,7 +154,7 @@ class _Mixture(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         factors = MixtureFactors(*tensors)  # type: ignore[arg-type]
-        x_TI, base_TO = _by_token(x), _by_token(base)
+        x_TI, base_TO = by_token(x), by_token(base)
         u_TG, u0_TR, logits_TC = _activations(x_TI, factors, settings, *seeds)
         gates = gates_of(logits_TC, settings)
         spread = None if gates is None else _spread(factors, settings, like=gates.gates_TE)
@@ -174,17 +176,13 @@ class _Mixture(torch.autograd.Function):
         ctx.spread = spread
         if gates is None:
             return (y_TO.view(base.shape),)
-        ctx.mask_T = signal.mask_of(len(x_TI))
-        load = router_load(gates, top_k=settings.same_number, mask_T=ctx.mask_T)
-        ctx.share_E = load.share_E
-        ctx.mark_non_differentiable(*load)
-        return (y_TO.view(base.shape), *load)
+        return (y_TO.view(base.shape), *kept_load(ctx, gates, settings, signal=signal, num_tokens=len(x_TI)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, u_TG, u0_TR, logits_TC, *tensors = ctx.saved_tensors
-        x_TI, grad_TO = _by_token(x), _by_token(grad)
+        x_TI, grad_TO = by_token(x), by_token(grad)
         factors, settings, summed = MixtureFactors(*tensors), ctx.settings, ctx.summed
         needs_x, needs_base, *_, needs_a, needs_b, _, _, needs_router, _, needs_threshold, _ = ctx.needs_input_grad
         gates = gates_of(logits_TC, settings)
@@ -277,10 +275,6 @@ def _in_total_ranks(h_TG: Tensor, factors: MixtureFactors) -> Tensor:
     return h_TG if h_TG.shape[1] == r else h_TG[:, :r] + h_TG[:, r:]
 
 
-def _by_token(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _mask(x_TI: Tensor, settings: MixtureSettings, seed: int | None) -> Tensor | None:
     return None if seed is None else dropout_mask(x_TI, dropout=settings.dropout, seed=seed)
 
@@ -311,9 +305,7 @@ def _activations(
     assert u_TG is not None
     u0_TR = None if u0_TR is None else u0_TR.to(x_TI.dtype)
     if logits_TC is not None:
-        # Tokens lie next to each other in memory, as _softmax wants them.
-        logits_TC = logits_TC.T.clone(memory_format=torch.contiguous_format).T
-        prepare_logits_(logits_TC, factors.threshold_bias_1, settings, seed=router_seed)
+        logits_TC = prepared_logits(logits_TC, factors.threshold_bias_1, settings, seed=router_seed)
     return _Activations(u_TG.to(x_TI.dtype).contiguous(), u0_TR, logits_TC)
 
 

@@ -5,6 +5,7 @@ columns of its product: N, and one more for a threshold.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from goat_ds.method.dropout import disturb_router_
 from goat_ds.method.routing import (
     BalanceSignal,
     Gates,
+    RouterLoad,
     Routing,
     balance_gradient,
     logits_gradient,
     real_token_weights,
+    router_load,
     threshold_gates,
     threshold_gradients,
     top_k_gates,
@@ -70,6 +73,11 @@ class RouterSettings:
         return self.top_k if self.routing is Routing.TOP_K and not self.expert_dropout else None
 
 
+def by_token(tensor: Tensor) -> Tensor:
+    """Return a tensor with its tokens in one dimension ``[T, ...]``."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def stacked_router(router_NI: Tensor | None, threshold_1I: Tensor | None) -> Tensor | None:
     """Return the router, and the threshold's weight below it where there is one ``[C, I]``; None without a router."""
     if threshold_1I is None or router_NI is None:
@@ -98,17 +106,19 @@ def widened_logits(x_TI: Tensor, router_CI: Tensor) -> Tensor:
     return logits_CT.T
 
 
-def prepare_logits_(
-    logits_TC: Tensor, threshold_bias_1: Tensor | None, settings: RouterSettings, *, seed: int | None
-) -> None:
-    """Turn the router's product into what gates are computed from, in place: backward then needs nothing random.
+def prepared_logits(
+    product_TC: Tensor, threshold_bias_1: Tensor | None, settings: RouterSettings, *, seed: int | None
+) -> Tensor:
+    """Return what gates are computed from, in storage of its own: backward then needs nothing random.
 
     Args:
-        logits_TC: The product, in fp32 or better.
+        product_TC: The router's product, in fp32 or better.
         threshold_bias_1: Of the threshold, with ``Routing.THRESHOLD``.
         settings: Of the layer.
         seed: Of the noise and of the experts that are left out; None: neither.
     """
+    # Tokens lie next to each other in memory, as routing's softmax wants them.
+    logits_TC = product_TC.T.clone(memory_format=torch.contiguous_format).T
     logits_TN, threshold_logits_T = _parted_logits(logits_TC, settings)
     if threshold_logits_T is not None and threshold_bias_1 is not None:
         threshold_logits_T.add_(threshold_bias_1)
@@ -118,6 +128,7 @@ def prepare_logits_(
         # Noise stands before the division by the temperature.
         noise = settings.router_noise / settings.temperature
         disturb_router_(logits_TN, noise=noise, expert_dropout=settings.expert_dropout, seed=seed)
+    return logits_TC
 
 
 def _parted_logits(logits_TC: Tensor, settings: RouterSettings) -> tuple[Tensor, Tensor | None]:
@@ -144,6 +155,17 @@ def gates_of(logits_TC: Tensor | None, settings: RouterSettings) -> Gates | None
         # Where more experts are left out than top_k leaves, some of those are among the k.
         gates = gates._replace(kept_TE=gates.kept_TE & (logits_TN > -torch.inf))
     return gates
+
+
+def kept_load(
+    ctx: Any, gates: Gates, settings: RouterSettings, *, signal: BalanceSignal, num_tokens: int
+) -> RouterLoad:
+    """Return what the router did, and keep on a function's context what ``product_gradient`` wants of it."""
+    ctx.mask_T = signal.mask_of(num_tokens)
+    load = router_load(gates, top_k=settings.same_number, mask_T=ctx.mask_T)
+    ctx.share_E = load.share_E
+    ctx.mark_non_differentiable(*load)
+    return load
 
 
 def product_gradient(

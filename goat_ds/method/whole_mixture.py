@@ -24,14 +24,16 @@ from goat_ds.method.input_gradient import SummedGradient
 from goat_ds.method.mixture import MixtureOutput
 from goat_ds.method.router import (
     RouterSettings,
+    by_token,
     gates_of,
     has_wide_product,
-    prepare_logits_,
+    kept_load,
+    prepared_logits,
     product_gradient,
     stacked_router,
     widened_logits,
 )
-from goat_ds.method.routing import BalanceSignal, Gates, RouterLoad, router_load
+from goat_ds.method.routing import BalanceSignal, Gates, RouterLoad
 
 
 class WholeFactors(NamedTuple):
@@ -94,7 +96,7 @@ class _WholeMixture(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         factors = WholeFactors(*tensors)  # type: ignore[arg-type]
-        x_TI, base_TO = _by_token(x), _by_token(base)
+        x_TI, base_TO = by_token(x), by_token(base)
         logits_TC = _logits(x_TI, factors, settings, router_seed)
         gates = gates_of(logits_TC, settings)
         seen_TI = _seen(x_TI, _mask(x_TI, dropout), dropout)
@@ -109,17 +111,13 @@ class _WholeMixture(torch.autograd.Function):
         ctx.dropout, ctx.summed, ctx.settings, ctx.signal = dropout, summed, settings, signal
         if gates is None:
             return (y_TO.view(base.shape),)
-        ctx.mask_T = signal.mask_of(len(x_TI))
-        load = router_load(gates, top_k=settings.same_number, mask_T=ctx.mask_T)
-        ctx.share_E = load.share_E
-        ctx.mark_non_differentiable(*load)
-        return (y_TO.view(base.shape), *load)
+        return (y_TO.view(base.shape), *kept_load(ctx, gates, settings, signal=signal, num_tokens=len(x_TI)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, logits_TC, *tensors = ctx.saved_tensors
-        x_TI, grad_TO = _by_token(x), _by_token(grad)
+        x_TI, grad_TO = by_token(x), by_token(grad)
         factors, settings, summed = WholeFactors(*tensors), ctx.settings, ctx.summed
         needs_x, needs_base, *_, needs_d, needs_router, needs_threshold, _ = ctx.needs_input_grad
         gates = gates_of(logits_TC, settings)
@@ -213,19 +211,12 @@ def _logits(x_TI: Tensor, factors: WholeFactors, settings: RouterSettings, seed:
     if router_CI is None:
         return None
     if not has_wide_product(x_TI, router_CI):
-        logits_TC = widened_logits(x_TI, router_CI)
+        product_TC = widened_logits(x_TI, router_CI)
     elif x_TI.dtype == torch.promote_types(x_TI.dtype, torch.float32):
-        logits_TC = x_TI @ router_CI.to(x_TI.dtype).T
+        product_TC = x_TI @ router_CI.to(x_TI.dtype).T
     else:
-        logits_TC = torch.mm(x_TI, router_CI.T, out_dtype=torch.float32)
-    # Tokens lie next to each other in memory, as routing's softmax wants them.
-    logits_TC = logits_TC.T.contiguous().T
-    prepare_logits_(logits_TC, factors.threshold_bias_1, settings, seed=seed)
-    return logits_TC
-
-
-def _by_token(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+        product_TC = torch.mm(x_TI, router_CI.T, out_dtype=torch.float32)
+    return prepared_logits(product_TC, factors.threshold_bias_1, settings, seed=seed)
 
 
 def _mask(x_TI: Tensor, dropout: Dropout | None) -> Tensor | None:

@@ -49,7 +49,7 @@ class Method(StrEnum):
     """A mixture of whole copies of every adapted weight, for small models; GOAT approximates it (arXiv 2502.16894)."""
 
 
-class Rival(NamedTuple):
+class Definition(NamedTuple):
     """How a method is made of the flags of a run."""
 
     kind: Callable[..., PeftConfig] | None
@@ -70,22 +70,22 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _lora(**fixed: Any) -> Rival:
+def _lora(**fixed: Any) -> Definition:
     names = _same("r", "lora_alpha", *LAYERS) | {"dropout": "lora_dropout"}
-    return Rival(LoraConfig, names, {"bias": "none"} | fixed)
+    return Definition(LoraConfig, names, {"bias": "none"} | fixed)
 
 
-def _one_expert(init: Init) -> Rival:
+def _one_expert(init: Init) -> Definition:
     fixed = {"num_experts": 1, "top_k": 1, "init": init, "rho": 1.0, "balance_coef": 0.0}
-    return Rival(GoatConfig, _same(*LOW_RANK), fixed | {"scaling": Scaling.ALPHA, "residual": Residual.LOWRANK})
+    return Definition(GoatConfig, _same(*LOW_RANK), fixed | {"scaling": Scaling.ALPHA, "residual": Residual.LOWRANK})
 
 
-def _mixture(*flags: str, **fixed: Any) -> Rival:
+def _mixture(*flags: str, **fixed: Any) -> Definition:
     of_all = {"init": Init.ZERO, "scaling": Scaling.ALPHA}
-    return Rival(GoatConfig, _same("num_experts", *LOW_RANK, *flags), of_all | fixed)
+    return Definition(GoatConfig, _same("num_experts", *LOW_RANK, *flags), of_all | fixed)
 
 
-RIVALS: Mapping[Method, Rival] = {
+DEFINITIONS: Mapping[Method, Definition] = {
     Method.LORA: _lora(),
     Method.RSLORA: _lora(use_rslora=True),
     Method.DORA: _lora(use_dora=True),
@@ -96,8 +96,8 @@ RIVALS: Mapping[Method, Rival] = {
     Method.MOLORA: _mixture(balance_coef=0.0),
     Method.HYDRALORA: _mixture(balance_coef=0.0, shared_A=True),
     Method.ADAMOLE: _mixture("balance_coef", "max_threshold", routing=Routing.THRESHOLD),
-    Method.FULL: Rival(None, {}, {}),
-    Method.FULL_MOE: Rival(
+    Method.FULL: Definition(None, {}, {}),
+    Method.FULL_MOE: Definition(
         GoatConfig,
         _same("num_experts", "top_k", "balance_coef", "dropout", *LAYERS),
         {"init": Init.ZERO, "full_rank": True},
@@ -121,20 +121,20 @@ def adapter_of(method: Method, settings: Any, *, names_of: Callable[[Any], Any])
     Raises:
         ConfigError: one line a problem.
     """
-    rival = RIVALS[method]
-    if rival.kind is None:
+    definition = DEFINITIONS[method]
+    if definition.kind is None:
         return None
-    values = {theirs: getattr(settings, ours) for ours, theirs in rival.flags.items()} | dict(rival.fixed)
+    values = {theirs: getattr(settings, ours) for ours, theirs in definition.flags.items()} | dict(definition.fixed)
     for name in LAYERS:
         values[name] = names_of(values[name])
     if values["target_modules"] is None:
         values["target_modules"] = "all-linear"
     if method in MIXTURES and values["num_experts"] < 2:
         raise ConfigError(f"num_experts ({values['num_experts']}) makes no mixture; use 2 at least, or method lora")
-    if rival.kind is GoatConfig and "top_k" not in values:
+    if definition.kind is GoatConfig and "top_k" not in values:
         # All experts count where nothing chooses a number of them.
         values["top_k"] = values["num_experts"]
-    return rival.kind(task_type="CAUSAL_LM", **values)
+    return definition.kind(task_type="CAUSAL_LM", **values)
 
 
 def without_effect(method: Method, names: Mapping[str, Any]) -> Iterator[str]:
@@ -144,11 +144,11 @@ def without_effect(method: Method, names: Mapping[str, Any]) -> Iterator[str]:
         method: Not GOAT.
         names: The flags that were given, with their values.
     """
-    rival = RIVALS[method]
+    definition = DEFINITIONS[method]
     for name, value in names.items():
-        if name in rival.fixed and value == str(rival.fixed[name]):
+        if name in definition.fixed and value == str(definition.fixed[name]):
             continue
-        if name in rival.fixed:
-            yield f"{name} ({value}) is {rival.fixed[name]} in method {method}; leave it out, or use method goat"
-        elif name not in rival.flags:
+        if name in definition.fixed:
+            yield f"{name} ({value}) is {definition.fixed[name]} in method {method}; leave it out, or use method goat"
+        elif name not in definition.flags:
             yield f"{name} ({value}) has no effect with method {method}; leave it out, or use method goat"

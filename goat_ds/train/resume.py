@@ -115,6 +115,13 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 def changes(config: TrainConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield which settings make this another run than the one whose settings are given."""
+    before = settings.get("peft_config")
+    if (before is None) != (config.peft_config is None):
+        yield (
+            f"peft_config ({config.peft_config}) was {before} when the run began; set it back, or give "
+            "--allow_changed to go on with the new one"
+        )
+        return
     for name, value in settings_of(config).items():
         if name not in FREE and name in settings and settings[name] != value:
             yield (

@@ -67,7 +67,7 @@ class Checkpoint(NamedTuple):
     adapter: dict[str, Any] | None
     """``adapter_config.json``; None: it holds a whole model."""
     shapes: dict[str, tuple[int, ...]]
-    """Of the adapter's or the model's tensors, by name in the file."""
+    """Of the adapter's tensors by name in its file; of a whole model's by name in the model."""
     base_fingerprint: dict[str, str] | None
     """The content of the base that training began on; None: unknown, as where it was stored in 4 bits."""
 
@@ -393,8 +393,8 @@ def _read(folder: Path, reader: int) -> Checkpoint:
         int(engine["adam_steps"]), int(engine["schedule_steps"]), dict(engine["loss_scale"])
         trained = {name: tuple(map(int, shape)) for name, shape in about["trained"].items()}
         found = about["base_fingerprint"]
-        files = folder.glob(f"{ADAPTER_FOLDER if adapter is not None else MODEL_FOLDER}/*.safetensors")
-        shapes = {name: shape for path in sorted(files) for name, shape in _shapes_in(path).items()}
+        # The files of a whole model may name and cut its tensors otherwise than the model does.
+        shapes = trained if adapter is None else _shapes_in(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
         state = {name: shape for path in sorted(folder.glob(STATE_PATTERN)) for name, shape in _shapes_in(path).items()}
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read: {error}") from error

@@ -126,7 +126,7 @@ def rehearse(
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         if adapter is None:
-            shapes = {name: tuple(tensor.shape) for name, tensor in adapters.stored_tensors(skeleton)}
+            shapes = {name: tuple(tensor.shape) for name, tensor in adapters.trained_tensors(skeleton)}
         elif isinstance(adapter, GoatConfig):
             fitted = get_peft_model(skeleton, _deferred(adapter), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
             for item in named_experts(fitted, ADAPTER_NAME):

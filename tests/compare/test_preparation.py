@@ -175,5 +175,8 @@ def test_rivals_of_every_kind_are_compared_and_full_fine_tuning_has_no_rank(tmp_
     base = AutoModelForCausalLM.from_pretrained(demo.base_path())
     assert sizes["full"] == base.num_parameters()
     assert sizes["ia3"] < sizes["lora"] == sizes["lora_plus"] == sizes["pissa"] < sizes["dora"] < sizes["molora"]
+    config.write_text(json.dumps({"peft_type": "HIRA", "r": 5, "target_modules": ["q_proj"]}))
+    (problem,) = refused(tmp_path, methods={"lora": {"method": "lora", "r": 4}, "hira": methods["ia3"]})
+    assert problem.startswith("methods.hira.r (5) is not the 4 of lora")
     (problem,) = refused(tmp_path, methods={"lora": LORA, "full": methods["full"]}, budget="parameters")
     assert problem == "methods.full has no r that budget parameters could choose; use budget none"

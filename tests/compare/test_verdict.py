@@ -127,6 +127,24 @@ def test_the_reference_is_kept_where_it_is_best(tmp_path: Path) -> None:
     assert "goat is worse than lora by 0.4960" in words and "dora is worse than lora by" in words
 
 
+def test_where_the_reference_diverged_its_mean_of_other_seeds_decides_nothing(tmp_path: Path) -> None:
+    final = {"lora": [1.0, 1.001, math.nan, 0.999], "goat": [0.9, 0.902, 5.0, 0.899]}
+    words = said(tmp_path, final)
+    assert words.startswith("Take goat: its held-out loss is lower than that of lora by 0.0997")
+    assert "Keep it" not in words and "goat is worse" not in words
+    turned = said(tmp_path, {"goat": final["goat"], "lora": final["lora"]}, reference="goat")
+    assert turned.startswith("goat, the reference, has the lowest mean held-out loss of those that finished every seed")
+    assert "Take lora" not in turned and "lora is worse than goat by 0.0997" in turned
+
+
+def test_a_method_that_diverged_is_not_recommended_for_the_seeds_on_which_it_did_not(tmp_path: Path) -> None:
+    diverged = [*APART[:2], math.nan, *APART[3:]]
+    words = said(tmp_path, {"lora": LORA, "goat": diverged})
+    assert "Take goat" not in words
+    assert words.startswith("lora, the reference, has the lowest mean held-out loss of those that finished every seed")
+    assert "Warning: 1 final runs of goat diverged or failed" in words
+
+
 def test_one_seed_shows_no_spread_and_is_warned_of(tmp_path: Path) -> None:
     words = said(tmp_path, {"lora": [1.0], "goat": [0.5]})
     assert "these data do not tell goat from lora: they differ by 0.5000 in one pair of runs." in words

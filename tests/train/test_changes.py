@@ -13,6 +13,7 @@ from goat_ds.errors import ConfigError
 from goat_ds.train import resume
 from goat_ds.train.cli import parse
 from goat_ds.train.config import TrainConfig
+from goat_ds.train.methods import Method
 from goat_ds.train.metrics import _append, _set_redone_aside
 from goat_ds.train.resume import check_phase
 from goat_ds.zero.checkpoint import Checkpoint, keep_newest, sweep
@@ -44,6 +45,14 @@ def test_settings_that_make_another_run_are_told_by_name_all_at_once() -> None:
     told = list(resume.changes(changed, resume.settings_of(BEGUN)))
     assert [line.split(" was ")[0] for line in told] == ["seed (1)", "r (64)", "learning_rate (0.001)"]
     assert all("--allow_changed" in line for line in told)
+
+
+def test_a_run_of_a_peft_config_goes_on_with_one_only() -> None:
+    by_file = dataclasses.replace(BEGUN, peft_config="lily.json")
+    (line,) = resume.changes(dataclasses.replace(BEGUN, method=Method.LORA), resume.settings_of(by_file))
+    assert line.startswith("peft_config (None) was lily.json when the run began")
+    (line,) = resume.changes(by_file, resume.settings_of(BEGUN))
+    assert line.startswith("peft_config (lily.json) was None when the run began")
 
 
 def test_every_setting_is_either_free_or_held() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, HiraConfig, LilyConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from goat_ds import demo, plan
 from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
 from goat_ds.errors import ConfigError
+from goat_ds.train import preflight
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import settle_ranks
 from goat_ds.train.inputs import read_inputs
 from goat_ds.train.methods import Method
 from goat_ds.train.preflight import plan_problems, planner_of
+from goat_ds.train.resume import look
 from goat_ds.tuner.base_quantization import layers_to_quantize
 from goat_ds.tuner.quantized import Packing, pack, unpack
 from goat_ds.zero.adapters import config_from, problems
@@ -278,6 +280,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(name: str, folders: dict[str, 
 
 def reloaded(name: str, checkpoint: Path) -> Any:
     if RUNS[name].get("method") == "full":
+        config = json.loads((checkpoint / "model" / "config.json").read_text())
+        assert config["use_cache"] is json.loads((demo.base_path() / "config.json").read_text()).get("use_cache", True)
         return AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
     return AutoPeftModelForCausalLM.from_pretrained(checkpoint / "adapter", dtype=torch.float32)
 
@@ -304,6 +308,43 @@ def test_what_was_saved_is_read_by_its_own_library_and_is_what_was_trained(name:
     assert loss_sum / sum(batch.num_label_tokens for batch in steps) == pytest.approx(found, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_model_whose_files_name_tensors_otherwise_goes_on_as_well(tmp_path: Path) -> None:
+    # transformers holds its experts as one tensor, and writes a tensor each.
+    tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    own = {"model": str(tmp_path / "base"), "data": str(demo.heldout_data()), "max_steps": "4", "save_steps": "2"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_many([flags_of(whole, "full, zero1", **own)], world_size=1, folder=tmp_path / "lists")
+    again = flags_of(resumed, "full, zero1", **own, resume=str(whole / "checkpoint-2"))
+    assert not list(problems_of_a_start(again))
+    run_many([again], world_size=1, folder=tmp_path / "lists")
+    assert losses_of(resumed) == losses_of(whole)[2:]
+
+
+def problems_of_a_start(command_line: list[str]) -> Iterator[str]:
+    """Yield what preflight says of a run."""
+    config = parse(command_line)
+    settle_ranks(config)
+    resumption = look(config)
+    yield from resumption.problems
+    yield from preflight.problems(resumption, read_inputs(resumption.config))
+
+
 def problems_of(*arguments: str) -> list[str]:
     try:
         return list(parse(["--ds_config", "zero3", *arguments]).problems())
@@ -318,6 +359,9 @@ def problems_of(*arguments: str) -> list[str]:
         (("--method", "lora", "--init", "pissa"), r"init (pissa) has no effect with method lora"),
         (("--method", "pissa", "--init", "zero"), r"init (zero) is pissa in method pissa"),
         (("--method", "molora", "--top_k", "2"), r"top_k (2) has no effect with method molora"),
+        (("--method", "molora", "--num_experts", "1"), r"num_experts (1) makes no mixture"),
+        (("--method", "lora", "--dropout", "1"), r"dropout (1.0) must be in [0, 1)"),
+        (("--method", "lora", "--lora_alpha", "0"), r"lora_alpha (0.0) must be above 0"),
         (("--method", "full", "--r", "4"), r"r (4) has no effect with method full"),
         (("--method", "full_moe", "--r", "4"), r"r (4) has no effect with method full_moe"),
         (("--method", "full_moe", "--lora_alpha", "4"), r"lora_alpha (4.0) has no effect with method full_moe"),
@@ -334,6 +378,10 @@ def problems_of(*arguments: str) -> list[str]:
 )
 def test_flags_that_a_method_does_not_read_are_refused(arguments: tuple[str, ...], words: str) -> None:
     assert any(problem.startswith(words) for problem in problems_of(*arguments))
+
+
+def test_a_flag_at_the_value_that_a_method_fixes_is_taken() -> None:
+    assert not list(parse(["--ds_config", "zero3", "--method", "pissa", "--scaling", "alpha"]).problems())
 
 
 def test_every_method_has_a_config_of_its_own() -> None:
