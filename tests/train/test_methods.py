@@ -417,6 +417,9 @@ def test_a_plan_can_be_made_of_any_method(method: str) -> None:
     assert not list(plan_problems(inputs))
     lines = list(plan.lines(planner_of(inputs)))
     assert any(line.startswith("a rank in training, at most: ") for line in lines)
+    num_values = AutoModelForCausalLM.from_pretrained(demo.base_path()).num_parameters()
+    what = "all of them trained" if method == "full" else "of the base, "
+    assert any(line.startswith(f"parameters: {num_values:,}") and what in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from goat_ds import ConfigError, GoatConfig
 from goat_ds.tuner.layer import GoatLayer
@@ -83,6 +84,42 @@ def test_what_is_computed_again_under_checkpointing_is_what_was_computed(setting
 def test_randomness_of_the_router_is_off_in_evaluation() -> None:
     expected = logits(goat())
     assert torch.equal(logits(goat(router_noise=1.0, expert_dropout=0.5)), expected)
+
+
+@pytest.mark.parametrize("option", [{"router_noise": 1.0}, {"expert_dropout": 0.5}, {"dropout": 0.5}], ids=str)
+def test_each_randomness_is_on_in_training_and_comes_again_from_its_seed(option: dict[str, Any]) -> None:
+    model = goat(**option)
+    disturb(model)
+    model.train()
+
+    def drawn(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        found: Tensor = model(input_ids=token_ids(2, 9)).logits.detach()
+        return found
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": 0.5},
+        {"routing": "top_p", "top_p": 0.7},
+        {"routing": "threshold", "max_threshold": 0.1},
+        {"shared_experts": 1},
+        {"residual": "gated"},
+        {"top_k": 4},
+    ],
+    ids=str,
+)
+def test_each_option_of_the_router_changes_what_a_model_computes(option: dict[str, Any]) -> None:
+    found = []
+    for settings in ({}, option):
+        model = goat(**settings)
+        disturb(model)
+        found.append(logits(model))
+    assert not torch.allclose(*found)
 
 
 def test_shared_experts_with_uniform_gates_for_the_others_start_as_the_base() -> None:
