@@ -183,6 +183,7 @@ def _model_problems(resumption: Resumption, inputs: Inputs, *, rehearsable: bool
         except ConfigError as error:
             yield from error.problems
             return
+        yield from adapters.rate_problems(shapes, config.rates)
         if resumption.checkpoint is not None:
             yield from _misfits_of(resumption.checkpoint, shapes)
             yield from _changes_of(resumption.checkpoint, inputs)

@@ -5,7 +5,7 @@ The engine, checkpoints and the optimizer see all of them through the functions 
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -248,28 +248,23 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """Return what is trained in groups of one learning rate each, those of ``learning_rate`` itself first.
-
-    Raises:
-        ConfigError: a rate is asked for that nothing has.
-    """
+    """Return what is trained in groups of one learning rate each, those of ``learning_rate`` itself first."""
     by_rate: dict[float, list[nn.Parameter]] = {rates.learning_rate: []}
-    found = set()
     for name, parameter in trained_tensors(model):
-        part = _part_of(name)
-        found.add(part)
-        rate = rates.learning_rate
+        part, rate = _part_of(name), rates.learning_rate
         if part == "B":
             rate *= rates.ratio_B
         elif part == "router" and rates.router is not None:
             rate = rates.router
         by_rate.setdefault(rate, []).append(parameter)
-    if rates.ratio_B != 1.0 and "B" not in found:
-        raise ConfigError(f"lr_ratio_B ({rates.ratio_B}) has no effect: the method has no factor B; leave it out")
-    if rates.router is not None and "router" not in found:
-        raise ConfigError(f"router_lr ({rates.router}) has no effect: the method has no router; leave it out")
     # DeepSpeed has no place for an empty group.
     return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items() if parameters]
+
+
+def rate_problems(names: Iterable[str], rates: Rates) -> Iterator[str]:
+    """Yield which rates nothing has among an adapter's tensors, by their names in its file."""
+    if rates.ratio_B != 1.0 and not any(_part_of(name) == "B" for name in names):
+        yield f"lr_ratio_B ({rates.ratio_B}) has no effect: the method has no factor B; leave it out"
 
 
 def _part_of(name: str) -> str:

@@ -133,8 +133,7 @@ def finish_densely(
     gc.collect()
     train_in_units_of_a(model)
     config = engines.without_monitors(engine_config)
-    left = rates and rates._replace(router=None)
-    engine = engines.build_engine(model, engine_config=config, schedule=schedule, rates=left)
+    engine = engines.build_engine(model, engine_config=config, schedule=schedule, rates=rates)
     engines.resume_schedule(engine, num_steps)
     for path, experts in layers.items():
         dense, owner = kept.mine.get(path), kept.owners[path]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, HiraConfig, LilyConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from goat_ds import demo, plan
 from goat_ds.data import BatchPlan, batches, pack_dataset, prepare
 from goat_ds.errors import ConfigError
+from goat_ds.manifest import MANIFEST_NAME, write_manifest
 from goat_ds.train import preflight
 from goat_ds.train.cli import parse
 from goat_ds.train.environment import settle_ranks
@@ -42,6 +44,7 @@ COMMON = {
     "warmup_steps": "0",
     "seed": str(SEED),
 }
+ROUTER_RATE = 5e-4
 BALANCE = 0.1
 """Large enough that a balance loss that is lost or counted twice would be seen."""
 OF_LORA = {"r": str(R), "lora_alpha": str(ALPHA)}
@@ -49,7 +52,8 @@ ZERO2, ZERO3 = {"ds_config": "ds_configs/zero2.json"}, {"ds_config": "ds_configs
 SHARDED = ("lora", "rslora", "lora_plus", "pissa", "milora", "olora")
 RUNS: dict[str, dict[str, str]] = {
     **{name: OF_LORA | {"method": name} | ZERO3 for name in SHARDED},
-    **{name: OF_LORA | {"method": name, "num_experts": str(E)} | ZERO3 for name in ("molora", "hydralora")},
+    "molora": OF_LORA | {"method": "molora", "num_experts": str(E), "router_lr": str(ROUTER_RATE)} | ZERO3,
+    "hydralora": OF_LORA | {"method": "hydralora", "num_experts": str(E)} | ZERO3,
     "adamole": OF_LORA | {"method": "adamole", "num_experts": str(E), "balance_coef": str(BALANCE)} | ZERO3,
     "dora": OF_LORA | {"method": "dora"} | ZERO2,
     "full": {"method": "full"} | ZERO3,
@@ -224,17 +228,20 @@ def summed_loss(model: Any, row: Any) -> Tensor:
     return nn.functional.cross_entropy(logits, row.labels[0], ignore_index=-100, reduction="sum")
 
 
+def rate_of(name: str, key: str) -> float:
+    """Return the learning rate of a parameter, by the method that it belongs to."""
+    if name == "lora_plus" and "lora_B" in key:
+        return 16 * RATE
+    return ROUTER_RATE if name == "molora" and "router" in key else RATE
+
+
 def plain_losses(name: str, folder: Path) -> list[float]:
     """Train as PEFT's users do, with torch's optimizer and nothing of ours but the batches."""
     make, config = PLAIN[name]
     model = make(AutoModelForCausalLM.from_pretrained(demo.base_path(), dtype=torch.float32), config).train()
     by_name = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    is_faster = [name == "lora_plus" and "lora_B" in key for key in by_name]
-    groups = [
-        {"params": [p for p, faster in zip(by_name.values(), is_faster, strict=True) if faster is of_b], "lr": rate}
-        for of_b, rate in ((False, RATE), (True, 16 * RATE))
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    groups = [{"params": [parameter], "lr": rate_of(name, key)} for key, parameter in by_name.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     losses = []
     for batch in whole_batches(folder.parent / "tokens", seed=SEED, num_steps=NUM_STEPS):
         loss = 0.0
@@ -276,6 +283,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, folders: 
 def test_a_run_goes_on_on_another_number_of_ranks(name: str, folders: dict[str, Path]) -> None:
     resumed = losses_of(folders[f"{name}, on one rank"])
     assert resumed == pytest.approx(losses_of(folders[name])[MIDDLE:], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_does_not_go_on_on_another_base(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(demo.base_path())
+    base.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(demo.base_path()).save_pretrained(tmp_path / "base")
+    own = {"model": str(tmp_path / "base"), "data": str(demo.train_data())}
+    again = flags_of(tmp_path / "run", name, **own, resume=str(folders[name] / f"checkpoint-{MIDDLE}"))
+    with pytest.raises(AssertionError, match="has other weights than the base that the run began with"):
+        run_many([again], world_size=1, folder=tmp_path / "lists")
 
 
 def reloaded(name: str, checkpoint: Path) -> Any:
@@ -334,6 +354,25 @@ def test_a_model_whose_files_name_tensors_otherwise_goes_on_as_well(tmp_path: Pa
     assert not list(problems_of_a_start(again))
     run_many([again], world_size=1, folder=tmp_path / "lists")
     assert losses_of(resumed) == losses_of(whole)[2:]
+
+
+@pytest.mark.slow
+def test_the_frozen_parts_of_an_adapter_come_from_its_checkpoint(tmp_path: Path) -> None:
+    # RandLoRA draws two matrices that are never trained, and another version of a library may draw others.
+    (tmp_path / "hira.json").write_text(json.dumps({"peft_type": "RANDLORA", "r": R, "target_modules": ["q_proj"]}))
+    own = {"max_steps": "4", "save_steps": "2"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_many([flags_of(whole, "hira", **own)], world_size=1, folder=tmp_path / "lists")
+    file = whole / "checkpoint-2" / "adapter" / "adapter_model.safetensors"
+    other = {name: 2 * t if "randlora_A" in name else t for name, t in load_file(file).items()}
+    save_file(other, file)
+    (whole / "checkpoint-2" / MANIFEST_NAME).unlink()
+    write_manifest(whole / "checkpoint-2")
+    again = flags_of(resumed, "hira", **own, resume=str(whole / "checkpoint-2"))
+    run_many([again], world_size=1, folder=tmp_path / "lists")
+    found = load_file(resumed / "checkpoint-4" / "adapter" / "adapter_model.safetensors")
+    frozen = [name for name in found if "randlora_A" in name]
+    assert frozen and all(torch.equal(found[name], other[name]) for name in frozen)
 
 
 def problems_of_a_start(command_line: list[str]) -> Iterator[str]:
@@ -438,6 +477,16 @@ def test_variants_of_lora_that_need_more_than_this_loop_are_refused(values: dict
         # PEFT itself refuses the value.
         found = list(error.problems)
     assert re.search(words, "; ".join(found))
+
+
+def test_a_ratio_that_no_factor_has_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "ia3.json"
+    modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    file.write_text(json.dumps({"peft_type": "IA3"} | modules))
+    flags = ["--ds_config", "zero1", "--peft_config", str(file), "--output_dir", str(tmp_path / "run")]
+    (problem,) = problems_of_a_start([*flags, "--lr_ratio_B", "4"])
+    assert problem == "lr_ratio_B (4.0) has no effect: the method has no factor B; leave it out"
+    assert not list(problems_of_a_start(flags))
 
 
 def test_rates_reach_the_parts_they_are_named_for(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ COMMON = {
 }
 ZERO3 = {"ds_config": "ds_configs/zero3.json"}
 FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
+RATES = {"lr_ratio_B": "2", "router_lr": "5e-4"}
 FOUR_BIT = {"load_in_4bit": "true"}
 # With a larger rank, so that the names of small tensors stay a small part of a checkpoint.
 RANDOM = {"router_noise": "0.5", "expert_dropout": "0.2", "r": "32"}
@@ -36,7 +37,7 @@ SAME: dict[str, dict[str, str]] = {
     "offload bf16": {"ds_config": "ds_configs/zero3_offload.json"} | BF16,
     "zero3 4-bit, folded": ZERO3 | BF16 | FOUR_BIT | {"residual": "fold"},
     "zero0 bf16": {"ds_config": "zero0.json"} | BF16,
-    "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"},
+    "dense before": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256"} | RATES,
     "dense just then": ZERO3 | FP32 | {"dense_finish": "0.5", "max_length": "256"},
     "dense and gated": ZERO3 | BF16 | {"dense_finish": "0.34", "max_length": "256", "residual": "gated"},
     "options": ZERO3 | BF16 | {"routing": "threshold", "shared_experts": "1", "rho_warmup_steps": "5"} | RANDOM,
